@@ -1,0 +1,191 @@
+"""What this machine can do at most: bandwidth of memory, and peaks of the products that the kernels are made of.
+
+Read and write stream through a buffer of eight times the last-level cache; the best of several access patterns counts.
+The peaks are loops without memory traffic, over as many independent sums as the kernels' own blocks have.  All of them
+are measured for 1, 2, 4 … threads and kept in the user's cache directory; --fresh measures again.  The other scripts
+relate their results to these limits.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import numba
+import numpy as np
+from llvmlite import ir
+
+from qattn.cpu.simd import Emitter, Value, micro_kernel
+from qattn.cpu.target import TARGET
+from qattn.models.fetch import cache_directory
+
+LINE = 64  # bytes of a vector, and of a cache line
+SUMS = TARGET.rows  # independent sums in flight
+ROUNDS = 40  # of single calls, of which the fastest counts: a limit is what was reached once
+
+
+class Limits(NamedTuple):
+    """GB/s of memory, and GFLOP/s (two for each product that is added) of the dot products."""
+
+    read: float
+    write: float
+    dot4: float
+    bf16: float
+    f32: float
+
+    def floor(self, *, read: float = 0, write: float = 0, **operations: float) -> tuple[float, str]:
+        """Seconds that bytes read and written and operations of one kind take at least, and what binds."""
+        times = {"read": read / self.read / 1e9, "write": write / self.write / 1e9}
+        times |= {name: count / getattr(self, name) / 1e9 for name, count in operations.items()}
+        bound = max(times, key=times.__getitem__)
+        return times[bound], bound
+
+
+def _reader(streams: int) -> Any:
+    """Add up the vectors of `streams` places of the buffer that are read side by side."""
+
+    @micro_kernel
+    def read(e, data, out, lines, distance):  # type: ignore[no-untyped-def]
+        unroll = 8 // streams
+        totals = [e.register(e.constant(0, e.I32V)) for _ in range(8)]
+        with e.loop(lines) as i:
+            for n, total in enumerate(totals):
+                at = (i * unroll + n // streams) * LINE + distance * (n % streams)
+                total.set(total.get() + data.at(at).load(e.I32V))
+        for n, total in enumerate(totals):
+            out.at(n * LINE).store(total.get())
+
+    @numba.njit(parallel=True)
+    def run(data, out, threads):  # type: ignore[no-untyped-def]
+        share = data.size // threads
+        for t in numba.prange(threads):
+            read((data[t * share :], out[t], share // (8 * LINE), share // streams // LINE * LINE))
+
+    return run
+
+
+def _writer(streaming: bool) -> Any:
+    """Fill the buffer; streaming stores don't read the line first."""
+
+    @micro_kernel
+    def write(e, data, value, lines):  # type: ignore[no-untyped-def]
+        vector = value.splat(e.F32)
+        with e.loop(lines) as i:
+            there = e.builder.bitcast(data.at(i * LINE).ir, e.F32.as_pointer())
+            store = e.builder.store(vector.ir, there, align=LINE)
+            if streaming:
+                store.set_metadata("nontemporal", e.builder.module.add_metadata([ir.Constant(e.I32, 1)]))
+
+    @numba.njit(parallel=True)
+    def run(data, value, threads):  # type: ignore[no-untyped-def]
+        share = data.size // threads // LINE * LINE
+        for t in numba.prange(threads):
+            write((data[t * share :], value, share // LINE))
+
+    return run
+
+
+def _peak(step: Callable[[Emitter, Value, Value, Value], Value], of_floats: bool) -> Any:
+    """Repeat total = step(e, total, left, right) for independent totals in registers."""
+
+    @micro_kernel
+    def repeat(e, data, out, count):  # type: ignore[no-untyped-def]
+        kind = e.F32 if of_floats else e.I32V
+        totals = [e.register(data.at(n * LINE).load(kind)) for n in range(SUMS)]
+        left = data.load(e.I32V)
+        with e.loop(count) as i:
+            right = data.at((i & 7) * LINE).load(e.I32V)  # or a compiler could multiply instead of repeating
+            for total in totals:
+                total.set(step(e, total.get(), left, right))
+        for n, total in enumerate(totals):
+            out.at(n * LINE).store(total.get())
+
+    @numba.njit(parallel=True)
+    def run(data, out, count, threads):  # type: ignore[no-untyped-def]
+        for t in numba.prange(threads):
+            repeat((data, out[t], count))
+
+    return run
+
+
+def _fma(e: Emitter, total: Value, left: Value, right: Value) -> Value:
+    return e.fma(left.bits(e.F32), right.bits(e.F32), total)
+
+
+_PEAKS = {"dot4": (Emitter.dot4, 128), "bf16": (Emitter.dot2_bf16, 64), "f32": (_fma, 32)}  # operations a vector
+
+
+def measure(counts: list[int]) -> dict[int, Limits]:
+    """Measure the limits for some numbers of threads."""
+    data = _aligned(max(8 * harness.last_level_cache(), 1 << 28))
+    ones, out = _aligned(16 * LINE), np.zeros((max(counts), 16 * LINE), np.uint8)
+    ones.view(np.float32)[:] = 1
+    readers, writers = [_reader(n) for n in (1, 2, 4)], [_writer(streaming) for streaming in (False, True)]
+    peaks = [(_peak(step, name != "dot4"), ops) for name, (step, ops) in _PEAKS.items()]
+
+    def best(runs: list[Any], *args: Any) -> float:
+        """Seconds of the fastest, at its fastest."""
+        calls = {n: functools.partial(run, *args) for n, run in enumerate(runs)}
+        return min(timing.best for timing in harness.compare(calls, ROUNDS, sample=0, pause=0).values())
+
+    found, repeats = {}, 1 << 20
+    for n in counts:
+        numba.set_num_threads(n)
+        bandwidths = (best(readers, data, out, n), best(writers, data, np.float32(1), n))
+        speeds = [n * repeats * SUMS * ops / best([run], ones, out, repeats, n) / 1e9 for run, ops in peaks]
+        found[n] = Limits(*(data.size / seconds / 1e9 for seconds in bandwidths), *speeds)
+    return found
+
+
+def _aligned(size: int) -> np.ndarray[Any, Any]:
+    memory = np.ones(size + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    return memory[first : first + size]
+
+
+def limits(threads: int, fresh: bool = False) -> Limits:
+    """The limits of this machine for a number of threads, measured unless they are known."""
+    return all_limits([threads], fresh)[threads]
+
+
+def all_limits(counts: list[int], fresh: bool = False) -> dict[int, Limits]:
+    path = _cache_file()
+    known = {int(n): Limits(*values) for n, values in json.loads(path.read_text()).items()} if path.exists() else {}
+    missing = [n for n in counts if fresh or n not in known]
+    if missing:
+        print(f"measuring what this machine can do, into {path}", file=sys.stderr, flush=True)
+        before = numba.get_num_threads()
+        known |= measure(missing)
+        numba.set_num_threads(before)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known))
+    return known
+
+
+def _cache_file() -> Path:
+    about = {key: value for key, value in harness.machine(0).items() if key not in ("date", "commit", "threads")}
+    return cache_directory() / f"roofline-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--fresh", action="store_true", help="measure again")
+    args = harness.start(parser)
+    counts = sorted({args.threads, *(2**n for n in range(args.threads.bit_length() - 1))})
+    found = all_limits(counts, args.fresh)
+    units = {"read": "read GB/s", "write": "write GB/s"}
+    rows = [
+        {"threads": n, **{units.get(name, f"{name} GFLOP/s"): value for name, value in found[n]._asdict().items()}}
+        for n in counts
+    ]
+    harness.report(args, rows, x="threads", y="read GB/s")
+
+
+if __name__ == "__main__":
+    main()

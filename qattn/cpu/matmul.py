@@ -1,0 +1,341 @@
+"""Activations times packed weights.
+
+One micro-kernel shape serves every format and any number of tokens: *R rows of activations, broadcast four bytes at a
+time, times a tile of 16 weight rows*, one weight row a lane.  A tile's codes lie in cells of 32 columns: a cell of
+``bits`` planes holds, for each quad of columns, 16 lanes of 4 codes, split into 4-, 2- and 1-bit planes::
+
+    quad q of a 4-bit plane   bits 4(q & 1) … +3 of byte (q >> 1) · 64 + 4 · lane + column
+    quad q of a 2-bit plane   bits 2(q & 3) … +1 of byte (q >> 2) · 64 + …
+    quad q of a 1-bit plane   bit q of byte …
+
+Activations are rounded to int8 with one scale per 32 columns, see `qattn.cpu.activations`.  For a cell,
+
+    y[row, lane] += x_scale · Σ_groups scale[lane] · (Σ code · x_level - zero · Σ x_level)  +  offset[lane] · Σ x
+
+where the inner sum is exact integer arithmetic, the zero point enters as the integer sum's initial value, and the
+offset costs one multiply-add a group.  ``exact`` kernels have the same loops on float32 activations.
+
+Rows come in blocks of `TARGET.rows`; what remains is one smaller block, padded.  Each block of activations is stored
+column by column (`Activations`), so that a kernel reads it with constant displacements from one pointer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from qattn.cpu._jit import kernel
+from qattn.cpu.activations import BLOCKS, CELL, Activations, arranged, block_size, quantize_activations
+from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
+from qattn.cpu.target import TARGET
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+class Layout(NamedTuple):
+    """What a kernel must know of packed weights.  No format's name is in it."""
+
+    bits: int
+    """Bits of a code; 16 or 32 for weights that stay floats."""
+    table: bool = False
+    """Codes index a table of levels, else they are levels plus a zero point."""
+    group: int = CELL
+    """Columns that share a scale."""
+    base_group: int = CELL
+    """Columns that share a base scale."""
+    base: str = "f16"
+    """What a base scale is stored as, or a float weight: "f16", "bf16", "f32"."""
+    step: bool = False
+    """scale = base · step, with an int8 step for each group."""
+    offset: bool = False
+    """There is an offset for each group, built like the scale."""
+    centered: bool = False
+    """The codes have a zero point, to be subtracted."""
+    signed: bool = False
+    """Codes of 8 bits are signed, since the machine's dot product wants them so."""
+
+    def name(self) -> str:
+        """A name for caches, unique and fit for a file."""
+        return "-".join(str(int(field) if isinstance(field, bool) else field) for field in self)
+
+
+class Packed(NamedTuple):
+    """The arrays of packed weights, for `tiles` of 16 rows and K columns."""
+
+    codes: np.ndarray
+    """(tiles, K / 32, 64 · bits) uint8; for float weights (tiles, K, 16)."""
+    scales: np.ndarray
+    """(tiles, K / base_group, 16) float16 or bfloat16 as uint16, or float32."""
+    steps: np.ndarray
+    """(tiles, K / group, 16) int8; empty if the layout has no steps."""
+    offsets: np.ndarray
+    offset_steps: np.ndarray
+    table: np.ndarray
+    """64 bytes: the levels plus the zero point, four times over."""
+    targets: np.ndarray
+    """(rows,) int32: which rows of the whole matrix these are, and so which columns of the product they give."""
+    zero: int
+    rows: int
+
+
+# ---------------------------------------------------------------------------------------------- the micro-kernel
+
+
+class _Weights:
+    """Reads one tile: codes, scales and offsets of the cell that the loop is at."""
+
+    def __init__(self, e: Emitter, layout: Layout, packed: list[Pointer], cell: Value) -> None:
+        self.e, self.layout, self.cell = e, layout, cell
+        self._codes, self._scales, self._steps, self._offsets, self._offset_steps, self._table = packed
+        self._cell_codes = self._codes.at(cell * (64 * layout.bits))
+        self._vectors: dict[int, Value] = {}
+
+    def codes(self, quad: int) -> Value:
+        """(64,) bytes: four codes for each of 16 lanes."""
+        planes, start, shift = PLANES[self.layout.bits], 0, 0
+        word: Any = None
+        for plane in planes:
+            quads = 8 // plane  # that share a vector
+            vector = self._vector(start + quad // quads * 64)
+            part = vector if plane == 8 else (vector >> (plane * (quad % quads))) & ((1 << plane) - 1) * 0x01010101
+            word = part if word is None else word | (part << shift)
+            start, shift = start + 64 * plane, shift + plane
+        code = word.bits(self.e.U8)
+        return self.e.lookup(self._table.load(self.e.U8), code) if self.layout.table else code
+
+    def _vector(self, offset: int) -> Value:
+        if offset not in self._vectors:
+            self._vectors[offset] = self._cell_codes.at(offset).load(self.e.I32V)
+        return self._vectors[offset]
+
+    def scale(self, part: int) -> Value:
+        return self._scaled(self._scales, self._steps, part)
+
+    def offset(self, part: int) -> Value:
+        return self._scaled(self._offsets, self._offset_steps, part)
+
+    def _scaled(self, bases: Pointer, steps: Pointer, part: int) -> Value:
+        layout = self.layout
+        base = _load_float(self.e, bases, self._index(layout.base_group, part), layout.base)
+        if not layout.step:
+            return base
+        step = steps.at(self._index(layout.group, part) * LANES).load(self.e.I8V)
+        return base * step.to(self.e.I32V).to(self.e.F32)
+
+    def _index(self, group: int, part: int) -> Value:
+        """The number of the group that the cell's part lies in."""
+        if group >= CELL:
+            return self.cell >> (group // CELL).bit_length() - 1
+        return self.cell * (CELL // group) + part
+
+
+def _load_float(e: Emitter, array: Pointer, index: Value, kind: str) -> Value:
+    """16 lanes at index · 16, as float32."""
+    if kind == "f32":
+        return array.at(index * (4 * LANES)).load(e.F32)
+    there = array.at(index * (2 * LANES))
+    if kind == "f16":
+        return e.from_f16(there.load(e.I16V))
+    return (there.load(e.I16V).zero_extend(e.I32V) << 16).bits(e.F32)
+
+
+def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
+    """`rows` rows of int8 activations times one tile, into a (rows, 16) float32 buffer."""
+    parts = max(1, CELL // layout.group)
+    dot = Emitter.dot4_signed if layout.signed else Emitter.dot4
+
+    @micro_kernel
+    def run(e, codes, scales, steps, offsets, offset_steps, table, x, x_scales, starts, sums, cells, out, slots):  # type: ignore[no-untyped-def]
+        zeros = e.constant(0.0, e.F32)
+        totals = [e.register(zeros) for _ in range(rows)]
+        with e.loop(slots) as slot:
+            cell = cells.at(slot * 4).load(e.I32).to(e.I64)
+            weights = _Weights(e, layout, [codes, scales, steps, offsets, offset_steps, table], cell)
+            cell_x = x.at(slot * (CELL * rows))
+            products = [zeros] * rows
+            for part in range(parts):
+                group_at = (slot * parts + part) * (4 * rows)
+                integers = [e.constant(0, e.I32V)] * rows
+                if layout.centered:
+                    integers = [starts.at(group_at).at(4 * m).load(e.I32).splat(e.I32V) for m in range(rows)]
+                for quad in range(8 // parts * part, 8 // parts * (part + 1)):
+                    code = weights.codes(quad)
+                    for m in range(rows):
+                        quad_x = cell_x.at(4 * (quad * rows + m)).load(e.I32).splat(e.I32V)
+                        integers[m] = dot(e, integers[m], code, quad_x)
+                scale = weights.scale(part)
+                for m in range(rows):
+                    product = integers[m].to(e.F32)
+                    products[m] = e.fma(product, scale, products[m]) if part else product * scale
+                if layout.offset:
+                    offset = weights.offset(part)
+                    for m in range(rows):
+                        group_sum = sums.at(group_at).at(4 * m).load(e.F32S).splat(e.F32)
+                        totals[m].set(e.fma(offset, group_sum, totals[m].get()))
+            for m in range(rows):
+                x_scale = x_scales.at(slot * (4 * rows)).at(4 * m).load(e.F32S).splat(e.F32)
+                totals[m].set(e.fma(products[m], x_scale, totals[m].get()))
+        for m in range(rows):
+            out.at(m * 4 * LANES).store(totals[m].get())
+
+    return run
+
+
+def _exact_micro_kernel(layout: Layout, rows: int) -> Any:
+    """The same with float32 activations; codes become float32 levels, exactly."""
+    parts = max(1, CELL // layout.group)
+
+    @micro_kernel
+    def run(e, codes, scales, steps, offsets, offset_steps, table, x, zero, sums, out, cells):  # type: ignore[no-untyped-def]
+        zeros = e.constant(0.0, e.F32)
+        totals = [e.register(zeros) for _ in range(rows)]
+        zero_point = zero.to(e.I32).splat(e.I32V)
+        with e.loop(cells) as cell:
+            weights = _Weights(e, layout, [codes, scales, steps, offsets, offset_steps, table], cell)
+            cell_x = x.at(cell * (4 * CELL * rows))
+            for part in range(parts):
+                products = [zeros] * rows
+                for quad in range(8 // parts * part, 8 // parts * (part + 1)):
+                    word = weights.codes(quad).bits(e.I32V)
+                    for i in range(4):
+                        level = (word << (24 - 8 * i)).shift_signed(24) if layout.signed else (word >> (8 * i)) & 255
+                        level = (level - zero_point).to(e.F32)
+                        for m in range(rows):
+                            value = cell_x.at(4 * ((4 * quad + i) * rows + m)).load(e.F32S).splat(e.F32)
+                            products[m] = e.fma(level, value, products[m])
+                scale = weights.scale(part)
+                for m in range(rows):
+                    totals[m].set(e.fma(products[m], scale, totals[m].get()))
+                if layout.offset:
+                    offset = weights.offset(part)
+                    for m in range(rows):
+                        group_sum = sums.at((cell * parts + part) * (4 * rows)).at(4 * m).load(e.F32S).splat(e.F32)
+                        totals[m].set(e.fma(offset, group_sum, totals[m].get()))
+        for m in range(rows):
+            out.at(m * 4 * LANES).store(totals[m].get())
+
+    return run
+
+
+def _float_micro_kernel(layout: Layout, rows: int) -> Any:
+    """`rows` rows of float32 activations times one tile of float weights."""
+
+    @micro_kernel
+    def run(e, weights, x, out, columns):  # type: ignore[no-untyped-def]
+        totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
+        with e.loop(columns) as k:
+            weight = _load_float(e, weights, k, layout.base)
+            for m in range(rows):
+                value = x.at(k * (4 * rows)).at(4 * m).load(e.F32S).splat(e.F32)
+                totals[m].set(e.fma(weight, value, totals[m].get()))
+        for m in range(rows):
+            out.at(m * 4 * LANES).store(totals[m].get())
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------- drivers
+
+
+def by_size(make: Callable[[Any, int], Any], layout: Any) -> Any:
+    """One njit function for the micro-kernels of all block sizes: run(size, arguments)."""
+    one, two, four, eight, full = (make(layout, size) for size in (*BLOCKS, *BLOCKS[-1:] * 2)[:5])
+
+    @numba.njit
+    def run(size, arguments):  # type: ignore[no-untyped-def]
+        if size == TARGET.rows:
+            full(arguments)
+        elif size == 1:
+            one(arguments)
+        elif size == 2:
+            two(arguments)
+        elif size == 4:
+            four(arguments)
+        else:
+            eight(arguments)
+
+    return run
+
+
+def _block_times_tile(layout: Layout, exact: bool) -> Any:
+    """The njit function that multiplies the block of activations at `row` by one tile, into `buffer`."""
+    group, parts = min(layout.group, CELL), max(1, CELL // layout.group)
+    if layout.bits >= 16:
+        float_kernel = by_size(_float_micro_kernel, layout)
+
+        @numba.njit
+        def multiply(packed, tile, x, row, size, columns, buffer):  # type: ignore[no-untyped-def]
+            float_kernel(size, (packed.codes[tile], x.levels[row * columns :], buffer, columns))
+
+    elif exact:
+        exact_kernel = by_size(_exact_micro_kernel, layout)
+
+        @numba.njit
+        def multiply(packed, tile, x, row, size, columns, buffer):  # type: ignore[no-untyped-def]
+            sums = x.sums[row * (columns // group) :]
+            exact_kernel(size, (packed.codes[tile], packed.scales[tile], packed.steps[tile], packed.offsets[tile],
+                                packed.offset_steps[tile], packed.table, x.levels[row * columns :], packed.zero,
+                                sums, buffer, columns // CELL))  # fmt: skip
+
+    else:
+        int8_kernel = by_size(_quantized_micro_kernel, layout)
+
+        @numba.njit
+        def multiply(packed, tile, x, row, size, columns, buffer):  # type: ignore[no-untyped-def]
+            block = row // TARGET.rows
+            first, first_slot = x.first[block], x.first_slot[block]
+            int8_kernel(size, (packed.codes[tile], packed.scales[tile], packed.steps[tile], packed.offsets[tile],
+                               packed.offset_steps[tile], packed.table, x.levels[first * CELL :], x.scales[first:],
+                               x.starts[first * parts :], x.sums[first * parts :], x.cells[first_slot:], buffer,
+                               x.first_slot[block + 1] - first_slot))  # fmt: skip
+
+    return multiply
+
+
+@functools.cache
+def matmul(layout: Layout, exact: bool) -> Any:
+    """The kernel for a layout: ``run(packed, x, out, threads)`` with out[:, packed.targets] overwritten.
+
+    packed : Packed;  x : Activations;  out : (tokens, n) float32, C-contiguous.
+    Cost: reads the packed weights once for every ``_CACHE / K`` tokens.  Each output depends on its own row and tile
+    only, so the bits do not depend on the number of threads, nor on the rows computed beside it.
+    """
+    multiply, cell = _block_times_tile(layout, exact), 1 if layout.bits >= 16 else CELL
+
+    @kernel(f"{layout.name()}-{'exact' if exact else 'int8'}", parallel=True)
+    def run(packed, x, out, threads):  # type: ignore[no-untyped-def]
+        tiles, columns = packed.codes.shape[0], packed.codes.shape[1] * cell
+        chunk = max(1, _CACHE // columns // TARGET.rows) * TARGET.rows
+        for thread in numba.prange(threads):
+            buffer = np.empty((TARGET.rows, LANES), np.float32)
+            for first in range(0, x.rows, chunk):
+                for tile in range(tiles * thread // threads, tiles * (thread + 1) // threads):
+                    lanes = min(LANES, packed.rows - tile * LANES)
+                    for row in range(first, min(first + chunk, x.rows), TARGET.rows):
+                        size = block_size(x.rows - row)
+                        multiply(packed, tile, x, row, size, columns, buffer)
+                        for m in range(min(size, x.rows - row)):
+                            for lane in range(lanes):
+                                out[row + m, packed.targets[tile * LANES + lane]] = buffer[m, lane]
+
+    return run
+
+
+_CACHE = 1 << 19  # bytes of int8 activations that stay in a core's second-level cache while tiles pass by
+
+
+def prepare(x: np.ndarray, layout: Layout, zero: int, exact: bool) -> Activations:
+    """Lay (rows, K) float32 activations out for the kernels of a layout."""
+    if layout.bits >= 16:
+        return arranged(x, 0)
+    group = min(layout.group, CELL)
+    return arranged(x, group) if exact else quantize_activations(x, zero, group)
+
+
+def wants_signed(bits: int, largest_code: int) -> bool:
+    """Whether codes up to `largest_code` must be stored as signed bytes on this machine."""
+    return bits == 8 and largest_code > MAX_CODE

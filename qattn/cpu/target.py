@@ -1,0 +1,47 @@
+"""Which CPU the kernels are generated for: what LLVM says of the host, or what ``NUMBA_CPU_*`` asks for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+from numba import config
+
+
+class Target(NamedTuple):
+    """An instruction-set level and the sizes that follow from it."""
+
+    level: str
+    """"avx512", "avx2", "neon" or "plain"."""
+    vnni: bool
+    """u8·s8 dot products in one instruction, accumulating without saturation."""
+    bf16: bool
+    """bf16 pair dot products in one instruction."""
+    rows: int
+    """Rows of activations that a micro-kernel keeps in registers: what is left beside weights and scales."""
+
+
+def _features() -> set[str]:
+    if config.CPU_FEATURES is not None:
+        text = config.CPU_FEATURES
+    elif config.CPU_NAME not in (None, "host"):
+        return set()  # a named CPU: LLVM knows its features, we don't, so nothing special is assumed
+    else:
+        text = llvm.get_host_cpu_features().flatten()
+    return {word[1:] for word in text.split(",") if word.startswith("+")}
+
+
+def _detect() -> Target:
+    has = _features()
+    triple = llvm.get_process_triple()
+    if triple.startswith("x86_64"):
+        if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"} <= has and "avx512vnni" in has:
+            return Target("avx512", True, "avx512bf16" in has, 12)
+        if {"avx2", "fma", "f16c"} <= has:
+            return Target("avx2", "avxvnni" in has, False, 4)
+    if triple.startswith(("aarch64", "arm64")) and "dotprod" in has:
+        return Target("neon", True, False, 4)
+    return Target("plain", False, False, 4)
+
+
+TARGET = _detect()

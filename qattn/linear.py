@@ -1,0 +1,53 @@
+"""A linear layer over packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qattn import _check, ops
+from qattn._backend import as_numpy
+from qattn.array import QuantArray
+from qattn.packing import PackedMatrix
+
+Array = np.ndarray[Any, Any]
+
+
+class Linear:
+    """y = x @ weights.T + bias.
+
+    Parameters
+    ----------
+    weights : (rows, columns) QuantArray, PackedMatrix or floats
+    bias : (rows,) floats, optional
+    precision : "int8" or "exact"
+        See `qattn.matmul`.
+    """
+
+    def __init__(
+        self, weights: QuantArray | PackedMatrix | Array, bias: Any = None, *, precision: ops.Precision = "int8"
+    ) -> None:
+        _check.choice("precision", precision, ops.PRECISIONS)
+        self.weights = weights if isinstance(weights, PackedMatrix) else PackedMatrix(weights)
+        self.precision = precision
+        self.bias: Array | None = None
+        if bias is not None:
+            self.bias = np.array(as_numpy(bias, "bias"), np.float32)
+            _check.shape("bias", self.bias, self.shape[:1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns): outputs and inputs."""
+        return self.weights.shape
+
+    def __call__(self, x: Any, *, out: Array | None = None) -> Array:
+        """x (..., columns) → (..., rows) float32."""
+        y = ops.matmul(x, self.weights, out=out, precision=self.precision)
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+    def __repr__(self) -> str:
+        bias = ", bias" if self.bias is not None else ""
+        return f"Linear({self.shape[1]} → {self.shape[0]}, {self.weights.format}{bias}, precision={self.precision!r})"

@@ -1,0 +1,235 @@
+"""PackedMatrix: quantized rows taken apart into levels, scales and offsets, and laid out for the kernels.
+
+A format is forgotten here: what is left of it is a `Layout`, and rows of equal layouts and zero points are packed
+together, wherever they stood.  Nothing is rounded: `unpack` gives back what was in the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qattn import formats
+from qattn.array import QuantArray
+from qattn.cpu import pack as cpu
+from qattn.cpu.activations import CELL
+from qattn.cpu.matmul import Layout, Packed, wants_signed
+from qattn.cpu.simd import LANES
+
+Array = np.ndarray[Any, Any]
+
+
+class Planes(NamedTuple):
+    """What a quantized matrix consists of: ``weight = scale · level + offset``, group by group."""
+
+    levels: Array
+    """(rows, columns) int16."""
+    scales: Array
+    """(rows, columns / group) float32."""
+    offsets: Array | None
+    """(rows, columns / group) float32, or None where the format has no offsets."""
+
+
+class Part(NamedTuple):
+    """Rows of a matrix that have one format."""
+
+    format: formats.Format
+    layout: Layout
+    packed: Packed
+
+
+class PackedMatrix:
+    """Weights (rows, columns) in the layout that the kernels of this machine read.
+
+    Parameters
+    ----------
+    weights : QuantArray or array of floats (rows, columns)
+        Quantized rows, of several formats if they are stacked.  Floats are kept as float32 or float16.
+
+    Raises
+    ------
+    ValueError
+        If the weights don't have two axes.
+    """
+
+    def __init__(self, weights: QuantArray | Array) -> None:
+        if not isinstance(weights, QuantArray):
+            weights = _float_rows(np.asarray(weights))
+        if weights.ndim != 2:
+            raise ValueError(f"weights have shape {weights.shape}; a packed matrix needs (rows, columns)")
+        self.shape: tuple[int, int] = (weights.shape[0], weights.shape[1])
+        chosen: dict[str, list[tuple[int, QuantArray]]] = {}
+        first = 0
+        for part in weights.parts:
+            chosen.setdefault(part.format, []).append((first, part))
+            first += len(part)
+        self.parts = tuple(_pack_part(name, rows, self.shape[1]) for name, rows in chosen.items())
+
+    @property
+    def format(self) -> str:
+        """The name of the format that the weights came in, or "mixed"."""
+        return self.parts[0].format.name if len(self.parts) == 1 else "mixed"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(array.nbytes for part in self.parts for array in part.packed if isinstance(array, np.ndarray))
+
+    def __repr__(self) -> str:
+        return f"PackedMatrix(shape={self.shape}, format={self.format!r}, {self.nbytes / 1e6:.1f} MB)"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def unpack(self) -> tuple[Planes, ...]:
+        """Levels, scales and offsets of each part, in the order of its rows; not for parts that are floats."""
+        return tuple(_unpack_part(part) for part in self.parts if not part.format.is_float)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """The weights, dequantized to float32."""
+        if copy is False:
+            raise ValueError("dequantizing makes a copy; use copy=None")
+        values = np.empty(self.shape, np.float32)
+        for part in self.parts:
+            values[part.packed.targets] = _part_values(part, self.shape[1])
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def _float_rows(weights: Array) -> QuantArray:
+    if weights.dtype != np.float16:
+        weights = weights.astype(np.float32)
+    weights = np.ascontiguousarray(weights)
+    if weights.ndim != 2:
+        raise ValueError(f"weights have shape {weights.shape}; a packed matrix needs (rows, columns)")
+    return QuantArray(weights.view(np.uint8), "F16" if weights.dtype == np.float16 else "F32")
+
+
+def _pack_part(name: str, rows: list[tuple[int, QuantArray]], columns: int) -> Part:
+    fmt = formats.get(name)
+    targets = np.concatenate([np.arange(first, first + len(array)) for first, array in rows]).astype(np.int32)
+    data = rows[0][1].data if len(rows) == 1 else np.concatenate([array.data for _, array in rows])
+    if fmt.is_float:
+        return _pack_floats(fmt, data, targets, columns)
+    layout, zero, table = _layout(fmt)
+    packed = _allocate(layout, targets, columns, zero, table)
+    flip = 128 if layout.signed and fmt.table is None else 0
+    run = cpu.pack(fmt.name, layout, fmt, fmt.block, fmt.bytes, flip)
+    scales, offsets = _stored(fmt.scales, layout), _stored(fmt.offsets, layout)
+    run(data, scales, offsets, packed.codes, packed.scales, packed.steps, packed.offsets, packed.offset_steps)
+    return Part(fmt, layout, packed)
+
+
+def _layout(fmt: formats.Format) -> tuple[Layout, int, Array]:
+    """The kernel's layout for a format, the zero point of its stored codes, and the table that they index."""
+    table = np.zeros(64, np.uint8)
+    if fmt.table is not None:
+        zero = -min(0, *fmt.table)
+        largest = zero + max(fmt.table)
+        signed = wants_signed(8, largest)
+        shifted = np.array(fmt.table) + (0 if signed else zero)
+        table = np.tile(np.resize(np.append(shifted, [0] * 16)[:16], 16).astype(np.int64) & 255, 4).astype(np.uint8)
+    else:
+        zero, largest = fmt.zero, 2**fmt.bits - 1
+        signed = wants_signed(fmt.bits, largest)
+    if signed:
+        zero = 0
+    stepped = fmt.step is not None
+    base = "f32" if stepped else "f16" if fmt.scale_type == "f16" else "bf16"
+    layout = Layout(
+        bits=fmt.bits,
+        table=fmt.table is not None,
+        group=fmt.group,
+        base_group=fmt.block if stepped else fmt.group,
+        base=base,
+        step=stepped,
+        offset=fmt.offset_bits is not None,
+        centered=zero != 0,
+        signed=signed,
+    )
+    return layout, zero, table
+
+
+def _allocate(
+    layout: Layout, targets: Array, columns: int, zero: int, table: Array
+) -> Packed:
+    tiles = -(-len(targets) // LANES)
+    bases = (tiles, columns // layout.base_group, LANES)
+    steps = (tiles, columns // layout.group, LANES)
+    stored = np.float32 if layout.base == "f32" else np.uint16
+    none = (tiles, 0, LANES)
+    return Packed(
+        codes=_aligned((tiles, columns // CELL, 64 * layout.bits), np.uint8),
+        scales=_aligned(bases, stored),
+        steps=_aligned(steps if layout.step else none, np.int8),
+        offsets=_aligned(bases if layout.offset else none, stored),
+        offset_steps=_aligned(steps if layout.step and layout.offset else none, np.int8),
+        table=table,
+        targets=targets,
+        zero=zero,
+        rows=len(targets),
+    )
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros that start at a cache line, so that no 64-byte load straddles two."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _stored(values: Array, layout: Layout) -> Array:
+    """What base scales of these float32 values are stored as; exact."""
+    if layout.base == "f32":
+        return values
+    if layout.base == "bf16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(np.float16).view(np.uint16)
+
+
+def _pack_floats(fmt: formats.Format, data: Array, targets: Array, columns: int) -> Part:
+    """Lay float rows out in tiles of 16 rows, an element of each row side by side."""
+    dtype: Any = fmt.dtype  # not None: the weights are floats
+    values = data.view(dtype)
+    if fmt.name == "F64":
+        values = values.astype(np.float32)
+    tiles = -(-len(targets) // LANES)
+    base = {"F16": "f16", "BF16": "bf16"}.get(fmt.name, "f32")
+    codes = _aligned((tiles, columns, LANES), np.float32 if base == "f32" else np.uint16)
+    full = len(targets) // LANES
+    stored = values.view(codes.dtype)
+    codes[:full] = stored[: full * LANES].reshape(full, LANES, columns).transpose(0, 2, 1)
+    if full < tiles:
+        codes[full, :, : len(targets) - full * LANES] = stored[full * LANES :].T
+    none16, none8 = np.empty((tiles, 0, LANES), np.uint16), np.empty((tiles, 0, LANES), np.int8)
+    table = np.zeros(64, np.uint8)
+    packed = Packed(codes, none16, none8, none16, none8, table, targets, 0, len(targets))
+    return Part(fmt, Layout(bits=16 if base != "f32" else 32, base=base), packed)
+
+
+def _unpack_part(part: Part) -> Planes:
+    fmt, layout, packed = part
+    codes = cpu.unpack_codes(packed, layout)
+    if fmt.table is not None:
+        levels = np.resize(np.array(fmt.table, np.int16), 256)[codes]
+    elif layout.signed:
+        levels = (codes ^ 128).astype(np.int16) - fmt.zero
+    else:
+        levels = codes.astype(np.int16) - fmt.zero
+    scales = cpu.unpack_groups(packed.scales, packed.steps, layout, packed.rows)
+    offsets = cpu.unpack_groups(packed.offsets, packed.offset_steps, layout, packed.rows) if layout.offset else None
+    return Planes(levels, scales, offsets)
+
+
+def _part_values(part: Part, columns: int) -> Array:
+    if part.format.is_float:
+        rows = part.packed.codes.transpose(0, 2, 1).reshape(-1, columns)[: part.packed.rows]
+        if part.layout.base == "f16":
+            return rows.view(np.float16).astype(np.float32)
+        return rows if part.layout.base == "f32" else (rows.astype(np.uint32) << 16).view(np.float32)
+    planes = _unpack_part(part)
+    values = planes.levels.astype(np.float32) * np.repeat(planes.scales, part.layout.group, axis=1)
+    if planes.offsets is not None:
+        values += np.repeat(planes.offsets, part.layout.group, axis=1)
+    return values

@@ -1,0 +1,3 @@
+"""Rotary position embedding: frequencies and tables of angles."""
+
+from qattn.rope.tables import RotaryEmbedding as RotaryEmbedding

@@ -1,0 +1,34 @@
+"""Fixtures that several files use."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from qattn.models.fetch import FetchError, fetch
+
+hypothesis.settings.register_profile("qattn", deadline=None)  # the first example compiles kernels
+hypothesis.settings.load_profile("qattn")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The path of the default model, which is fetched if it isn't in the cache.
+
+    Without a network the tests that need it are skipped, but not where CI is set: there they must run.
+    """
+    try:
+        return fetch()
+    except FetchError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"SmolLM2 isn't in the cache and can't be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of recorded values."""
+    return GOLDEN

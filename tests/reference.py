@@ -1,0 +1,58 @@
+"""The whole layer in plain float64 NumPy: what every kernel is compared with, short enough to check by eye."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def nmse(got, want):
+    """Normalized mean squared error: |got - want|² / |want|²."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(((got - want) ** 2).sum() / max((want**2).sum(), 1e-300))
+
+
+def rotate(x, positions, rope):
+    """x (tokens, heads, head_dim): pair i of each head turned by position · frequency i."""
+    x = np.array(x, np.float64)
+    half = rope.rope_dims // 2
+    a = np.arange(half) if rope.neox else 2 * np.arange(half)
+    b = a + (half if rope.neox else 1)
+    angles = np.asarray(positions)[:, None, None] * rope.frequencies
+    first, second = x[..., a], x[..., b]
+    x[..., a], x[..., b] = (
+        first * np.cos(angles) - second * np.sin(angles),
+        first * np.sin(angles) + second * np.cos(angles),
+    )
+    return x
+
+
+def attention(q, k, v, scale, visible):
+    """q (tokens, heads, d), k and v (keys, kv_heads, ...), visible (tokens, keys) bool → output and log-sum-exp."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(np.asarray(a, np.float64), group, axis=1) for a in (k, v))
+    scores = np.einsum("thd,khd->htk", np.asarray(q, np.float64), k) * scale
+    scores = np.where(visible, scores, -np.inf)
+    peak = scores.max(axis=-1, keepdims=True, initial=-1e300)
+    weights = np.exp(scores - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = np.where(total > 0, weights / total, 0)
+        lse = (np.log(total) + peak)[..., 0].T
+    return np.einsum("htk,khd->thd", weights, v), lse
+
+
+def causal(tokens, keys):
+    """Token i is key keys - tokens + i, and sees the keys up to itself."""
+    return np.arange(keys) <= np.arange(keys - tokens, keys)[:, None]
+
+
+def layer(x, wqkv, wo, rope, heads, kv_heads, head_dim, *, bias=0.0, scale=None, visible=None):
+    """A layer's output for a whole sequence x (tokens, hidden) from an empty cache."""
+    tokens = len(x)
+    qkv = np.asarray(x, np.float64) @ np.asarray(wqkv, np.float64).T + bias
+    q, k, v = np.split(qkv, [heads * head_dim, (heads + kv_heads) * head_dim], axis=1)
+    q, k = (rotate(a.reshape(tokens, -1, head_dim), np.arange(tokens), rope) for a in (q, k))
+    v = v.reshape(tokens, kv_heads, -1)
+    visible = causal(tokens, tokens) if visible is None else visible
+    out, _ = attention(q, k, v, head_dim**-0.5 if scale is None else scale, visible)
+    return out.reshape(tokens, -1) @ np.asarray(wo, np.float64).T
