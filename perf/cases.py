@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from qattn.cpu.simd import LANES
 
 Array = np.ndarray[Any, Any]
 BLOCK_FORMATS = tuple(name for name in formats.names() if not formats.get(name).is_float)
-DRAWN, KEPT = 1 << 21, 1 << 10  # random weights, and the blocks of them that are kept: most have wild scales
+DRAWN, KEPT = 1 << 22, 1 << 7  # random weights, and the blocks of them that are kept: most have wild scales
 VOCABULARY = FEED_FORWARD = 256  # as little as there can be: a block of a K-quant
 
 
@@ -48,8 +49,8 @@ def pairs(tokens: int, depth: int) -> int:
 def random_weights(name: str, rows: int, columns: int, seed: int = 0) -> qattn.QuantArray:
     """A QuantArray of random codes and of scales that make a weight about 0.02.
 
-    Blocks of random bytes have scales of any size, so those are kept whose values are nearest to the wanted, and
-    repeated to fill the rows.
+    Blocks of random bytes have scales of any size, so those are kept whose values are nearest to the wanted, and rows
+    are made of them at random.
     """
     fmt, rng = formats.get(name), np.random.default_rng(seed)
     if fmt.is_float:
@@ -61,8 +62,8 @@ def random_weights(name: str, rows: int, columns: int, seed: int = 0) -> qattn.Q
         mean_square = np.square(qattn.dequantize(qattn.QuantArray(blocks, name))).mean(axis=1)
         wildness = np.abs(np.log(mean_square / 0.02**2))  # NaN where a scale is, and sorted last
     kept = blocks[np.argsort(wildness)[:KEPT]]
-    row_bytes = columns // fmt.block * fmt.bytes
-    return qattn.QuantArray(np.resize(kept, rows * row_bytes).reshape(rows, row_bytes), name)
+    chosen = rng.integers(0, KEPT, (rows, columns // fmt.block))
+    return qattn.QuantArray(kept[chosen].reshape(rows, -1), name)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Array:
@@ -122,8 +123,10 @@ def write_llama(path: Path, name: str, layers: int, shape: Shape = Shape()) -> P
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("no_vocab")
 
+    seeds = itertools.count()
+
     def add(tensor: str, kind: str, rows: int, columns: int) -> None:
-        data = random_weights(kind, rows, columns, seed=len(tensor)).data
+        data = random_weights(kind, rows, columns, seed=next(seeds)).data
         writer.add_tensor(f"{tensor}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
 
     kv, heads = shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim

@@ -32,7 +32,7 @@ from qattn.cpu.target import TARGET
 
 Row = dict[str, Any]
 SAMPLE = 0.02  # seconds that a sample takes at least: ten thousand times what the clock and a call cost
-PAUSE = 0.01  # seconds between competitors, in which the threads of the one before stop spinning
+PAUSE = 0.02  # seconds between competitors: GNU OpenMP threads spin for 8 ms before they sleep
 
 
 class Timing(NamedTuple):
@@ -154,10 +154,9 @@ def _cpu_name() -> str:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def peak_rss() -> int:

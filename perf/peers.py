@@ -7,8 +7,8 @@ torch   PyTorch: F.linear in float32 and bfloat16, scaled_dot_product_attention
 gguf    dequantization by the gguf package
 
 llama.cpp runs with batches of 512 tokens, its cache in float16, with and without flash attention; of several peers the
-fastest counts.  The layers take a minute for each format.  Peers that are not installed are named and left out; all
-come with pip install ".[peers]".
+fastest counts.  Takes two minutes, the layers one for each format.  Peers that are not installed are named and left
+out; all come with pip install ".[peers]".
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import numpy as np
 from qattn import _check, architectures, formats, ops
 from qattn._backend import as_numpy
 from qattn.array import QuantArray
-from qattn.cpu import rope as cpu_rope
 from qattn.errors import CacheError, DeviceError, GGUFError
 from qattn.gguf_file import GGUFFile
 from qattn.gguf_file import open as open_gguf
@@ -237,13 +236,17 @@ class AttentionWithRope:
         """
         cache = self.kv_cache if kv_cache is None else kv_cache
         x, offsets = self._check_input(x, cache, row_offsets)
-        slots, places, lengths = _places(cache, offsets)
-        angles = places if positions is None else ops.token_positions(positions, len(x))
-        cache.reserve(lengths)
+        batch = _batch(cache, offsets)
+        if positions is not None:
+            batch = batch._replace(angles=ops.token_positions(positions, len(x)))
+        cache.reserve(cache.lengths + np.diff(offsets))
+        return self.forward(x, cache, batch)
+
+    def forward(self, x: Array, cache: KVCache, batch: ops.Batch) -> Array:
+        """The steps of a call, without its checks: x (tokens, hidden_size) float32, for which the cache has room."""
         qkv = self._project(x)
-        q = self._rotate_and_store(qkv, cache, slots, places, angles)
-        cache.lengths[:] = lengths
-        heads, _ = ops.attend(q, cache, offsets, self.mask, self.scale, exact=self.precision == "exact")
+        q = self._rotate_and_store(qkv, cache, batch)
+        heads, _ = ops.attend(q, cache, batch.row_offsets, self.mask, self.scale, exact=self.precision == "exact")
         return self.o_proj(heads.reshape(len(x), self.num_attention_heads * self.kv_params.values))  # type: ignore[misc]
 
     def _check_input(self, x: Any, cache: KVCache, row_offsets: Any) -> tuple[Array, Array]:
@@ -271,17 +274,13 @@ class AttentionWithRope:
 
     def _project(self, x: Array) -> Array:
         """x → q, k and v side by side, (tokens, outputs) float32."""
-        qkv = ops.matmul(x, self._qkv_proj, precision=self.precision)  # type: ignore[arg-type]
-        if self._bias is not None:
-            qkv += self._bias
-        return qkv
+        return ops.affine(x, self._qkv_proj, self._bias, precision=self.precision)  # type: ignore[arg-type]
 
-    def _rotate_and_store(self, qkv: Array, cache: KVCache, slots: Array, places: Array, angles: Array) -> Array:
+    def _rotate_and_store(self, qkv: Array, cache: KVCache, batch: ops.Batch) -> Array:
         """Rotate q and k, append k and v to the cache, and return q: (tokens, heads, head_dim) float32."""
-        cos, sin = self.rope.table(int(angles.max(initial=-1)) + 1)
+        cos, sin = self.rope.table(int(batch.angles.max(initial=-1)) + 1)
         q = np.empty((len(qkv), self.num_attention_heads, self.kv_params.head_dim), np.float32)
-        run = cpu_rope.rotate_and_store(cache.params.kind)
-        run(qkv, cos, sin, angles, self.rope.neox, cache.view(), slots, places, q)
+        ops.rotate_and_store(qkv, cos, sin, batch, self.rope.neox, cache, q)
         return q
 
     def reset(self) -> None:
@@ -416,12 +415,11 @@ def _check_devices(devices: Iterable[str] | None) -> None:
             raise DeviceError(f"devices names {device!r}; expected 'cpu'")
 
 
-def _places(cache: KVCache, offsets: Array) -> tuple[Array, Array, Array]:
-    """For each new token its sequence and its index there, and each sequence's length with them."""
-    counts = np.diff(offsets)
-    slots = np.repeat(np.arange(cache.sequences), counts)
+def _batch(cache: KVCache, offsets: Array) -> ops.Batch:
+    """Where new tokens belong that continue the sequences of a cache."""
+    slots = np.repeat(np.arange(cache.sequences), np.diff(offsets))
     places = np.arange(offsets[-1]) - (offsets[:-1] - cache.lengths)[slots]
-    return slots, places, cache.lengths + counts
+    return ops.Batch(slots, places, places, offsets)
 
 
 def _clipped(weights: QuantArray, limit: float) -> QuantArray:

@@ -43,10 +43,7 @@ class Linear:
 
     def __call__(self, x: Any, *, out: Array | None = None) -> Array:
         """x (..., columns) → (..., rows) float32."""
-        y = ops.matmul(x, self.weights, out=out, precision=self.precision)
-        if self.bias is not None:
-            y += self.bias
-        return y
+        return ops.affine(x, self.weights, self.bias, out=out, precision=self.precision)
 
     def __repr__(self) -> str:
         bias = ", bias" if self.bias is not None else ""

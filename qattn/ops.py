@@ -16,7 +16,7 @@ from qattn.cpu import attention as cpu_attention
 from qattn.cpu import dequantize as cpu_dequantize
 from qattn.cpu import matmul as cpu_matmul
 from qattn.cpu import rope as cpu_rope
-from qattn.cpu.activations import CELL
+from qattn.cpu.rope import Batch as Batch
 from qattn.cpu.threads import get_num_threads
 from qattn.kv_cache import KVCache, KVCacheParams
 from qattn.masks import Mask, MHAMaskVariant
@@ -72,9 +72,15 @@ def matmul(
     ValueError
         If the numbers of columns differ, or `out` doesn't fit.
     """
+    return affine(x, packed(w), None, out=out, precision=precision)
+
+
+def affine(
+    x: Any, matrix: PackedMatrix, bias: Array | None, *, out: Array | None = None, precision: Precision = "int8"
+) -> Array:
+    """x @ matrix.T + bias, as in `matmul`; bias (rows,) float32."""
     _check.choice("precision", precision, PRECISIONS)
     x = as_numpy(x, "x")
-    matrix = packed(w)
     rows, columns = matrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {x.shape}; weights {matrix.shape} need (..., {columns})")
@@ -85,19 +91,12 @@ def matmul(
         _check_out(out, shape)
     if out.size:
         flat = np.ascontiguousarray(x, np.float32).reshape(-1, columns)
-        multiply(flat, matrix, out.reshape(-1, rows), precision == "exact")
+        run = cpu_matmul.product(matrix.layouts, precision == "exact")
+        run(flat, matrix.packed, _NO_BIAS if bias is None else bias, out.reshape(-1, rows), get_num_threads())
     return out
 
 
-def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
-    """`matmul` without checks: x (tokens, columns) and out (tokens, rows) float32, C-contiguous, not empty."""
-    threads = get_num_threads()
-    prepared: dict[tuple[bool, int, int], Any] = {}
-    for part in matrix.parts:
-        key = (part.format.is_float, min(part.layout.group, CELL), part.packed.zero)
-        if key not in prepared:
-            prepared[key] = cpu_matmul.prepare(x, part.layout, part.packed.zero, exact)
-        cpu_matmul.matmul(part.layout, exact)(part.packed, prepared[key], out, threads)
+_NO_BIAS: Array = np.empty(0, np.float32)
 
 
 def packed(w: QuantArray | PackedMatrix | Array) -> PackedMatrix:
@@ -138,7 +137,7 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
         out = np.empty(x.shape, np.float32)
     _check_out(out, x.shape)
     cos, sin = rotary.table(int(positions.max(initial=-1)) + 1)
-    cpu_rope.rotate(x, cos, sin, positions, rotary.neox, out)
+    cpu_rope.rotate(x, cos, sin, positions, rotary.neox, out, get_num_threads())
     return out
 
 
@@ -212,12 +211,18 @@ def store(kv: Array, cache: KVCache) -> None:
     """Append keys and values, (tokens, n_kv_heads · (head_dim + value_dim)) float32, to a cache of one sequence."""
     tokens, start = len(kv), int(cache.lengths[0])
     cache.reserve(cache.lengths + tokens)
-    places, nothing = np.arange(start, start + tokens), np.empty((1, 0), np.float32)
-    zeros = np.zeros(tokens, np.int64)
-    q = np.empty((tokens, 0, cache.params.head_dim), np.float32)
+    zeros, places = np.zeros(tokens, np.int64), np.arange(start, start + tokens)
+    nothing, q = np.empty((1, 0), np.float32), np.empty((tokens, 0, cache.params.head_dim), np.float32)
+    batch = Batch(zeros, places, zeros, np.array([0, tokens]))
+    rotate_and_store(kv, nothing, nothing, batch, False, cache, q)
+
+
+def rotate_and_store(
+    qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: KVCache, q: Array
+) -> None:
+    """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cpu.rope`."""
     run = cpu_rope.rotate_and_store(cache.params.kind)
-    run(kv, nothing, nothing, zeros, False, cache.view(), zeros, places, q)
-    cache.lengths[0] += tokens
+    run(qkv, cos, sin, batch, neox, cache.view(), cache.lengths, q, get_num_threads())
 
 
 def attend(
@@ -228,11 +233,13 @@ def attend(
     q : (tokens, heads, head_dim) float32, rotated;  row_offsets : (sequences + 1,) int64
     A bfloat16 cache is multiplied in bfloat16 pairs, unless `exact`.
     """
-    kind = cache.params.kind
+    kind, view = cache.params.kind, cache.view()
     storage = cpu_attention.Storage(kind, "bf16" if kind == "bf16" and not exact else "f32")
+    out, lse = np.empty((*q.shape[:2], view.value_dim), np.float32), np.empty(q.shape[:2], np.float32)
+    slots, threads = np.arange(cache.sequences), get_num_threads()
     run = cpu_attention.attend(storage, type(mask))
-    slots = np.arange(cache.sequences)
-    return run(q, cache.view(), slots, row_offsets, cache.lengths, np.float32(scale), mask, get_num_threads())  # type: ignore[no-any-return]
+    run(q, view, slots, row_offsets, cache.lengths, np.float32(scale), mask, out, lse, threads)
+    return out, lse
 
 
 def _check_out(out: Any, shape: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
 """PackedMatrix: quantized rows taken apart into levels, scales and offsets, and laid out for the kernels.
 
-A format is forgotten here: what is left of it is a `Layout`, and rows of equal layouts and zero points are packed
+A format is forgotten here: what is left of it is a `Layout`, and rows of equal layouts are packed
 together, wherever they stood.  Nothing is rounded: `unpack` gives back what was in the file.
 """
 
@@ -76,6 +76,16 @@ class PackedMatrix:
         """Bytes of the packed weights."""
         return sum(array.nbytes for part in self.parts for array in part.packed if isinstance(array, np.ndarray))
 
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layout of each part."""
+        return tuple(part.layout for part in self.parts)
+
+    @property
+    def packed(self) -> tuple[Packed, ...]:
+        """The arrays of each part, for kernels."""
+        return tuple(part.packed for part in self.parts)
+
     def __repr__(self) -> str:
         return f"PackedMatrix(shape={self.shape}, format={self.format!r}, {self.nbytes / 1e6:.1f} MB)"
 
@@ -111,8 +121,8 @@ def _pack_part(name: str, rows: list[tuple[int, QuantArray]], columns: int) -> P
     data = rows[0][1].data if len(rows) == 1 else np.concatenate([array.data for _, array in rows])
     if fmt.is_float:
         return _pack_floats(fmt, data, targets, columns)
-    layout, zero, table = _layout(fmt)
-    packed = _allocate(layout, targets, columns, zero, table)
+    layout, table = _layout(fmt)
+    packed = _allocate(layout, targets, columns, table)
     flip = 128 if layout.signed and fmt.table is None else 0
     run = cpu.pack(fmt.name, layout, fmt, fmt.block, fmt.bytes, flip)
     scales, offsets = _stored(fmt.scales, layout), _stored(fmt.offsets, layout)
@@ -120,8 +130,8 @@ def _pack_part(name: str, rows: list[tuple[int, QuantArray]], columns: int) -> P
     return Part(fmt, layout, packed)
 
 
-def _layout(fmt: formats.Format) -> tuple[Layout, int, Array]:
-    """The kernel's layout for a format, the zero point of its stored codes, and the table that they index."""
+def _layout(fmt: formats.Format) -> tuple[Layout, Array]:
+    """The kernel's layout for a format, and the table that its codes index."""
     table = np.zeros(64, np.uint8)
     if fmt.table is not None:
         zero = -min(0, *fmt.table)
@@ -132,8 +142,6 @@ def _layout(fmt: formats.Format) -> tuple[Layout, int, Array]:
     else:
         zero, largest = fmt.zero, 2**fmt.bits - 1
         signed = wants_signed(fmt.bits, largest)
-    if signed:
-        zero = 0
     stepped = fmt.step is not None
     base = "f32" if stepped else "f16" if fmt.scale_type == "f16" else "bf16"
     layout = Layout(
@@ -144,15 +152,13 @@ def _layout(fmt: formats.Format) -> tuple[Layout, int, Array]:
         base=base,
         step=stepped,
         offset=fmt.offset_bits is not None,
-        centered=zero != 0,
+        zero=0 if signed else zero,
         signed=signed,
     )
-    return layout, zero, table
+    return layout, table
 
 
-def _allocate(
-    layout: Layout, targets: Array, columns: int, zero: int, table: Array
-) -> Packed:
+def _allocate(layout: Layout, targets: Array, columns: int, table: Array) -> Packed:
     tiles = -(-len(targets) // LANES)
     bases = (tiles, columns // layout.base_group, LANES)
     steps = (tiles, columns // layout.group, LANES)
@@ -166,7 +172,6 @@ def _allocate(
         offset_steps=_aligned(steps if layout.step and layout.offset else none, np.int8),
         table=table,
         targets=targets,
-        zero=zero,
         rows=len(targets),
     )
 
@@ -204,7 +209,7 @@ def _pack_floats(fmt: formats.Format, data: Array, targets: Array, columns: int)
         codes[full, :, : len(targets) - full * LANES] = stored[full * LANES :].T
     none16, none8 = np.empty((tiles, 0, LANES), np.uint16), np.empty((tiles, 0, LANES), np.int8)
     table = np.zeros(64, np.uint8)
-    packed = Packed(codes, none16, none8, none16, none8, table, targets, 0, len(targets))
+    packed = Packed(codes, none16, none8, none16, none8, table, targets, len(targets))
     return Part(fmt, Layout(bits=16 if base != "f32" else 32, base=base), packed)
 
 

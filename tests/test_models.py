@@ -106,7 +106,7 @@ def test_an_interrupted_forward_leaves_the_caches_as_they_were(tiny, monkeypatch
     want = decoder.forward([1, 2, 3])[2]
     decoder.truncate(2)
 
-    def interrupted(gate_up, out):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +60,52 @@ def _private(path: str) -> bool:
         return False
 
 
+class Kernel:
+    """A compiled function, kept on disk.  Called like the function; `function` is what other compiled code calls."""
+
+    def __init__(self, function: Any, name: str) -> None:
+        self.function, self.name = function, name
+
+    def __call__(self, *args: Any) -> Any:
+        if recorder.append_call is not None:
+            recorder.append_call(self, args)
+        return self.function(*args)
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.name}>"
+
+
+class _Recorder(threading.local):
+    """What the kernel calls of a thread are told to: see `qattn.cpu.program`."""
+
+    append_call: Callable[[Kernel, tuple[Any, ...]], None] | None = None
+
+
+recorder = _Recorder()
+
+
+def kernel(key: str = "", **options: Any) -> Callable[[Callable[..., Any]], Kernel]:
+    """Compile a function with Numba, without the GIL, and keep the machine code on disk.
+
+    Parameters
+    ----------
+    key : str
+        What the function was generated for; with its module and name it identifies the code.  Letters, digits, ``-_``.
+    options
+        Further options of `numba.njit`, ``parallel=True`` for instance.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Kernel:
+        dispatcher = numba.njit(nogil=True, **options)(function)
+        name = "-".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
+        directory = cache_directory()
+        if directory is not None:
+            dispatcher._cache = _KernelCache(function, directory, name)
+        return Kernel(dispatcher, name)
+
+    return decorate
+
+
 class _Locator:
     """Tells Numba's cache to use our directory and our name."""
 
@@ -88,31 +135,10 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
             def __init__(self, py_func: Callable[..., Any]) -> None:
                 self._lineno = py_func.__code__.co_firstlineno
                 self._locator = locator
-                self._filename_base = self.get_filename_base(py_func.__name__, "")
+                self._filename_base = name
 
         self._impl_class = Impl
         super().__init__(function)
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return sig, codegen.magic_tuple()
-
-
-def kernel(key: str = "", **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function with Numba, without the GIL, and keep the machine code on disk.
-
-    Parameters
-    ----------
-    key : str
-        What the function was generated for; with its name it identifies the code.  Letters, digits, ``-_``.
-    options
-        Further options of `numba.njit`, ``parallel=True`` for instance.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(nogil=True, **options)(function)
-        directory = cache_directory()
-        if directory is not None:
-            dispatcher._cache = _KernelCache(function, directory, key or "plain")
-        return dispatcher
-
-    return decorate

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from qattn.cpu._jit import kernel
 from qattn.cpu.simd import micro_kernel
 from qattn.cpu.target import TARGET
 
@@ -111,8 +110,38 @@ def _find_outliers(x, first, outliers):  # type: ignore[no-untyped-def]
     return count
 
 
-@kernel(parallel=True)
-def quantize_activations(x, zero, group):  # type: ignore[no-untyped-def]
+@numba.njit
+def _block_of(x, block, zero, group, outliers, a):  # type: ignore[no-untyped-def]
+    """Fill one block of the `Activations` a with rounded rows of x; `outliers` are those cells to be rounded twice."""
+    top, cells, parts = block * TARGET.rows, outliers.shape[1], CELL // group
+    height, first_slot = block_size(x.shape[0] - top), a.first_slot[block]
+    second = np.zeros(cells, np.int64)  # the slot that a cell has besides its own
+    slots = cells
+    for cell in range(cells):
+        a.cells[first_slot + cell] = cell
+        if outliers[top : top + TARGET.rows, cell].any():
+            second[cell] = slots
+            a.cells[first_slot + slots] = cell
+            slots += 1
+    rest, totals = np.empty(CELL, np.float32), np.empty(2, np.int32)
+    for row in range(top, min(top + TARGET.rows, x.shape[0])):
+        for cell in range(cells):
+            source, slot = x[row, cell * CELL :], cell
+            for _ in range(2 if outliers[row, cell] else 1):
+                at = a.first[block] + slot * height
+                here = at + row - top
+                levels, scale = a.levels[at * CELL + 4 * (row - top) :], a.scales[here:]
+                _round_cell((source, levels, scale, totals, rest, 4 * height))
+                for part in range(parts):
+                    total = totals[part] if parts == 2 else totals[0] + totals[1]
+                    there = at * parts + part * height + row - top
+                    a.starts[there] = -zero * total
+                    a.sums[there] = scale[0] * np.float32(total)
+                source, slot = rest, second[cell]
+
+
+@numba.njit(parallel=True)
+def quantize_activations(x, zero, group, threads):  # type: ignore[no-untyped-def]
     """Round rows of activations to int8 with a scale per 32 columns → `Activations`.
 
     x : (rows, K) float32.  The largest magnitude of 32 maps to ±127, ties round to even.
@@ -120,66 +149,57 @@ def quantize_activations(x, zero, group):  # type: ignore[no-untyped-def]
     rows, columns = x.shape
     cells, parts, blocks = columns // CELL, CELL // group, (rows + TARGET.rows - 1) // TARGET.rows
     outliers, more = np.zeros((rows, cells), np.bool_), np.zeros(blocks, np.int64)
-    for block in numba.prange(blocks):
-        more[block] = _find_outliers(x, block * TARGET.rows, outliers)
+    alone = blocks == 1 or threads == 1  # waking other threads takes longer than one block
+    if alone:
+        for block in range(blocks):
+            more[block] = _find_outliers(x, block * TARGET.rows, outliers)
+    else:
+        for thread in numba.prange(threads):
+            for block in range(thread, blocks, threads):
+                more[block] = _find_outliers(x, block * TARGET.rows, outliers)
     first_slot, first = np.zeros(blocks + 1, np.int64), np.zeros(blocks + 1, np.int64)
     for block in range(blocks):
         slots = cells + more[block]
         first_slot[block + 1] = first_slot[block] + slots
         first[block + 1] = first[block] + slots * block_size(rows - block * TARGET.rows)
     size = first[blocks]
-    cell_of = np.empty(first_slot[blocks], np.int32)
-    levels, scales = np.zeros(size * CELL, np.int8), np.zeros(size, np.float32)
-    starts, sums = np.zeros(size * parts, np.int32), np.zeros(size * parts, np.float32)
-    for block in numba.prange(blocks):
-        top, height = block * TARGET.rows, block_size(rows - block * TARGET.rows)
-        second = np.zeros(cells, np.int64)  # the slot that a cell has besides its own, 0 for none
-        slots = cells
-        for cell in range(cells):
-            cell_of[first_slot[block] + cell] = cell
-            if outliers[top : top + TARGET.rows, cell].any():
-                second[cell] = slots
-                cell_of[first_slot[block] + slots] = cell
-                slots += 1
-        rest, totals = np.empty(CELL, np.float32), np.empty(2, np.int32)
-        for row in range(top, min(top + TARGET.rows, rows)):
-            for cell in range(cells):
-                source, slot = x[row, cell * CELL :], cell
-                for _ in range(2 if outliers[row, cell] else 1):
-                    at = first[block] + slot * height
-                    here = at + row - top
-                    _round_cell((source, levels[at * CELL + 4 * (row - top) :], scales[here:], totals, rest,
-                                 4 * height))  # fmt: skip
-                    for part in range(parts):
-                        total = totals[part] if parts == 2 else totals[0] + totals[1]
-                        there = at * parts + part * height + row - top
-                        starts[there] = -zero * total
-                        sums[there] = scales[here] * np.float32(total)
-                    source, slot = rest, second[cell]
-    return Activations(levels, scales, starts, sums, cell_of, first_slot, first, rows)
+    a = Activations(
+        np.zeros(size * CELL, np.int8),
+        np.zeros(size, np.float32),
+        np.zeros(size * parts, np.int32),
+        np.zeros(size * parts, np.float32),
+        np.empty(first_slot[blocks], np.int32),
+        first_slot,
+        first,
+        rows,
+    )
+    if alone:
+        for block in range(blocks):
+            _block_of(x, block, zero, group, outliers, a)
+    else:
+        for thread in numba.prange(threads):
+            for block in range(thread, blocks, threads):
+                _block_of(x, block, zero, group, outliers, a)
+    return a
 
 
-@kernel(parallel=True)
-def arrange_activations(x, group, levels, sums):  # type: ignore[no-untyped-def]
-    """Copy rows of float32 activations into the arrays of `Activations`, for exact and float kernels."""
+@numba.njit(parallel=True)
+def arrange_activations(x, group, threads):  # type: ignore[no-untyped-def]
+    """Lay rows of float32 activations out for exact and float kernels, with the sums of groups (of 0: none)."""
     rows, columns = x.shape
-    for row in numba.prange(rows):
-        first = row // TARGET.rows * TARGET.rows
-        size = block_size(rows - first)
-        for k in range(columns):
-            levels[first * columns + k * size + row - first] = x[row, k]
-        for g in range(columns // group if sums.size else 0):
-            total = np.float32(0)
-            for k in range(g * group, (g + 1) * group):
-                total += x[row, k]
-            sums[(first * (columns // group)) + g * size + row - first] = total
-
-
-def arranged(x: np.ndarray, group: int) -> Activations:
-    """Rows of float32 as they are, with the sums of groups; none if `group` is 0."""
-    rows, columns = x.shape
+    groups = columns // group if group else 0
     levels = np.zeros(padded_rows(rows) * columns, np.float32)
-    sums = np.zeros(levels.size // group if group else 0, np.float32)
-    arrange_activations(x, group or CELL, levels, sums)
-    none, nowhere = np.empty(0, np.int32), np.empty(0, np.int64)
-    return Activations(levels, sums[:0], none, sums, none, nowhere, nowhere, rows)
+    sums = np.zeros(padded_rows(rows) * groups, np.float32)
+    for thread in numba.prange(threads):
+        for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+            first = row // TARGET.rows * TARGET.rows
+            size = block_size(rows - first)
+            for k in range(columns):
+                levels[first * columns + k * size + row - first] = x[row, k]
+            for g in range(groups):
+                total = np.float32(0)
+                for k in range(g * group, (g + 1) * group):
+                    total += x[row, k]
+                sums[first * groups + g * size + row - first] = total
+    nothing, nowhere = np.empty(0, np.int32), np.empty(0, np.int64)
+    return Activations(levels, sums[:0], nothing, sums, nothing, nowhere, nowhere, rows)

@@ -267,13 +267,13 @@ def _plan(row_offsets, lengths, kv_heads, group):  # type: ignore[no-untyped-def
 def attend(storage: Storage, mask: Any) -> Any:
     """The attention kernel of a storage and a mask.
 
-    It is ``run(q, cache, slots, row_offsets, lengths, scale, mask, threads)``:
+    It is ``run(q, cache, slots, row_offsets, lengths, scale, mask, out, lse, threads)``:
 
     q : (tokens, heads, head_dim) float32, rotated;  cache : CacheView
     slots, lengths : (sequences,) int64, where a sequence lies in the cache, and its keys, the new ones included
     row_offsets : (sequences + 1,) int64, the batch's tokens of each sequence
     mask : the instance for `mask`, its class
-    Returns out (tokens, heads, value_dim) and lse (tokens, heads), natural logarithms, float32.
+    out : (tokens, heads, value_dim) float32;  lse : (tokens, heads) float32, natural logarithms; both overwritten
 
     Cost: K and V of a sequence once for `_ROWS` query rows.  A token's bits depend on nothing else in the batch, except
     that a sequence's only new token takes the split path and then differs by rounding from the same token in a prompt.
@@ -331,13 +331,13 @@ def attend(storage: Storage, mask: Any) -> Any:
                            tile_values.shape[1] * item))  # fmt: skip
 
     @kernel(name, parallel=True)
-    def run(q, cache, slots, row_offsets, lengths, scale, mask, threads):  # type: ignore[no-untyped-def]
+    def run(q, cache, slots, row_offsets, lengths, scale, mask, out, lse, threads):  # type: ignore[no-untyped-def]
         tokens, heads, _ = q.shape
         kv_heads, dims = cache.keys.shape[1], cache.value_dim
         group, slices = heads // kv_heads, (dims + LANES - 1) // LANES
         jobs, partial = _plan(row_offsets, lengths, kv_heads, group)
-        out = np.empty((tokens * heads + partial, dims), np.float32)
-        lse = np.empty(tokens * heads + partial, np.float32)
+        rows, row_lse = out.reshape(tokens * heads, dims), lse.reshape(tokens * heads)
+        part_rows, part_lse = np.empty((partial, dims), np.float32), np.empty(partial, np.float32)
         for thread in numba.prange(threads):
             s = _scratch(max(_ROWS, group), q.shape[2], slices)
             for j in range(thread, jobs.shape[0], threads):
@@ -347,23 +347,22 @@ def attend(storage: Storage, mask: Any) -> Any:
                 position = length - (row_offsets[n + 1] - token)
                 run_job(job, q, cache, slots[n], position, length, scale * _LOG2E, mask, group, s)
                 for row in range(job[3] * group):
-                    to = (token + row // group) * heads + job[1] * group + row % group
+                    to, to_rows, to_lse = (token + row // group) * heads + job[1] * group + row % group, rows, row_lse
                     if job[6] >= 0:
-                        to = tokens * heads + job[6] + row
+                        to, to_rows, to_lse = job[6] + row, part_rows, part_lse
                     total = s.row_sum[row]
                     inverse = np.float32(1) / total if total > 0 else np.float32(0)
-                    lse[to] = (s.row_max[row] + np.log2(total)) / _LOG2E if total > 0 else np.float32(-np.inf)
+                    to_lse[to] = (s.row_max[row] + np.log2(total)) / _LOG2E if total > 0 else np.float32(-np.inf)
                     for d in range(dims):
-                        out[to, d] = s.out[(d // LANES * s.row_max.size + row) * LANES + d % LANES] * inverse
+                        to_rows[to, d] = s.out[(d // LANES * s.row_max.size + row) * LANES + d % LANES] * inverse
         if partial:
-            _merge(jobs, out, lse, heads, group, tokens * heads)
-        return out[: tokens * heads].reshape(tokens, heads, dims), lse[: tokens * heads].reshape(tokens, heads)
+            _merge(jobs, part_rows, part_lse, heads, group, rows, row_lse)
 
     return run
 
 
 @numba.njit
-def _merge(jobs, out, lse, heads, group, base):  # type: ignore[no-untyped-def]
+def _merge(jobs, part_rows, part_lse, heads, group, out, lse):  # type: ignore[no-untyped-def]
     """Combine the parts of each split token, in the order of their keys."""
     j = 0
     while j < jobs.shape[0]:
@@ -375,16 +374,16 @@ def _merge(jobs, out, lse, heads, group, base):  # type: ignore[no-untyped-def]
                 to = jobs[j, 2] * heads + jobs[j, 1] * group + row
                 peak = np.float32(-np.inf)
                 for part in range(parts):
-                    peak = max(peak, lse[base + jobs[j + part, 6] + row])
+                    peak = max(peak, part_lse[jobs[j + part, 6] + row])
                 total = np.float32(0)
                 out[to] = 0
                 for part in range(parts):
-                    there = base + jobs[j + part, 6] + row
-                    if lse[there] > -np.inf:
-                        weight = np.exp(lse[there] - peak)
+                    there = jobs[j + part, 6] + row
+                    if part_lse[there] > -np.inf:
+                        weight = np.exp(part_lse[there] - peak)
                         total += weight
                         for d in range(out.shape[1]):
-                            out[to, d] += weight * out[there, d]
+                            out[to, d] += weight * part_rows[there, d]
                 if total > 0:
                     for d in range(out.shape[1]):
                         out[to, d] /= total

@@ -67,30 +67,50 @@ def _gate_row(gate, up, out):  # type: ignore[no-untyped-def]
         out[i] = gate[i] * ((small if gate[i] < 0 else np.float32(1)) / (np.float32(1) + small)) * up[i]
 
 
+@numba.njit
+def _norm_rows(x, weight, epsilon, out, start, stop):  # type: ignore[no-untyped-def]
+    for row in range(start, stop):
+        _norm_row(x[row], weight, epsilon, out[row])
+
+
 @kernel(parallel=True)
-def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
+def rms_norm(x, weight, epsilon, out, threads):  # type: ignore[no-untyped-def]
     """out = x / sqrt(mean(x²) + epsilon) · weight, row by row (Zhang and Sennrich, 2019).
 
     x, out : (tokens, n) float32;  weight : (n,) float32;  epsilon : float32
     """
-    if x.shape[0] < _FEW:
-        for row in range(x.shape[0]):
-            _norm_row(x[row], weight, epsilon, out[row])
+    rows = x.shape[0]
+    if rows < _FEW:
+        _norm_rows(x, weight, epsilon, out, 0, rows)
     else:
-        for row in numba.prange(x.shape[0]):
-            _norm_row(x[row], weight, epsilon, out[row])
+        for thread in numba.prange(threads):
+            _norm_rows(x, weight, epsilon, out, rows * thread // threads, rows * (thread + 1) // threads)
+
+
+@numba.njit
+def _gate_rows(gate_up, out, start, stop):  # type: ignore[no-untyped-def]
+    size = out.shape[1]
+    for row in range(start, stop):
+        _gate_row(gate_up[row, :size], gate_up[row, size:], out[row])
 
 
 @kernel(parallel=True)
-def swiglu(gate_up, out):  # type: ignore[no-untyped-def]
+def swiglu(gate_up, out, threads):  # type: ignore[no-untyped-def]
     """out = silu(gate) · up, where gate is the first half of each row and up the second (Shazeer, 2020).
 
     gate_up : (tokens, 2 · n) float32;  out : (tokens, n) float32
     """
-    size = out.shape[1]
-    if out.shape[0] < _FEW:
-        for row in range(out.shape[0]):
-            _gate_row(gate_up[row, :size], gate_up[row, size:], out[row])
+    rows = out.shape[0]
+    if rows < _FEW:
+        _gate_rows(gate_up, out, 0, rows)
     else:
-        for row in numba.prange(out.shape[0]):
-            _gate_row(gate_up[row, :size], gate_up[row, size:], out[row])
+        for thread in numba.prange(threads):
+            _gate_rows(gate_up, out, rows * thread // threads, rows * (thread + 1) // threads)
+
+
+@kernel()
+def add(x, y):  # type: ignore[no-untyped-def]
+    """x += y: (tokens, n) float32 both."""
+    for row in range(x.shape[0]):
+        for column in range(x.shape[1]):
+            x[row, column] += y[row, column]

@@ -29,7 +29,7 @@ import numba
 import numpy as np
 
 from qattn.cpu._jit import kernel
-from qattn.cpu.activations import BLOCKS, CELL, Activations, arranged, block_size, quantize_activations
+from qattn.cpu.activations import BLOCKS, CELL, arrange_activations, block_size, quantize_activations
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
@@ -53,8 +53,8 @@ class Layout(NamedTuple):
     """scale = base · step, with an int8 step for each group."""
     offset: bool = False
     """There is an offset for each group, built like the scale."""
-    centered: bool = False
-    """The codes have a zero point, to be subtracted."""
+    zero: int = 0
+    """The code of level 0."""
     signed: bool = False
     """Codes of 8 bits are signed, since the machine's dot product wants them so."""
 
@@ -78,7 +78,6 @@ class Packed(NamedTuple):
     """64 bytes: the levels plus the zero point, four times over."""
     targets: np.ndarray
     """(rows,) int32: which rows of the whole matrix these are, and so which columns of the product they give."""
-    zero: int
     rows: int
 
 
@@ -149,18 +148,19 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
     dot = Emitter.dot4_signed if layout.signed else Emitter.dot4
 
     @micro_kernel
-    def run(e, codes, scales, steps, offsets, offset_steps, table, x, x_scales, starts, sums, cells, out, slots):  # type: ignore[no-untyped-def]
+    def run(e, *arguments):  # type: ignore[no-untyped-def]
+        *packed, x, x_scales, starts, sums, cells, out, slots, stride = arguments
         zeros = e.constant(0.0, e.F32)
         totals = [e.register(zeros) for _ in range(rows)]
         with e.loop(slots) as slot:
             cell = cells.at(slot * 4).load(e.I32).to(e.I64)
-            weights = _Weights(e, layout, [codes, scales, steps, offsets, offset_steps, table], cell)
+            weights = _Weights(e, layout, packed, cell)
             cell_x = x.at(slot * (CELL * rows))
             products = [zeros] * rows
             for part in range(parts):
                 group_at = (slot * parts + part) * (4 * rows)
                 integers = [e.constant(0, e.I32V)] * rows
-                if layout.centered:
+                if layout.zero:
                     integers = [starts.at(group_at).at(4 * m).load(e.I32).splat(e.I32V) for m in range(rows)]
                 for quad in range(8 // parts * part, 8 // parts * (part + 1)):
                     code = weights.codes(quad)
@@ -180,7 +180,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
                 x_scale = x_scales.at(slot * (4 * rows)).at(4 * m).load(e.F32S).splat(e.F32)
                 totals[m].set(e.fma(products[m], x_scale, totals[m].get()))
         for m in range(rows):
-            out.at(m * 4 * LANES).store(totals[m].get())
+            out.at(stride * m).store(totals[m].get())
 
     return run
 
@@ -190,12 +190,12 @@ def _exact_micro_kernel(layout: Layout, rows: int) -> Any:
     parts = max(1, CELL // layout.group)
 
     @micro_kernel
-    def run(e, codes, scales, steps, offsets, offset_steps, table, x, zero, sums, out, cells):  # type: ignore[no-untyped-def]
+    def run(e, *arguments):  # type: ignore[no-untyped-def]
+        *packed, x, sums, out, cells, stride = arguments
         zeros = e.constant(0.0, e.F32)
         totals = [e.register(zeros) for _ in range(rows)]
-        zero_point = zero.to(e.I32).splat(e.I32V)
         with e.loop(cells) as cell:
-            weights = _Weights(e, layout, [codes, scales, steps, offsets, offset_steps, table], cell)
+            weights = _Weights(e, layout, packed, cell)
             cell_x = x.at(cell * (4 * CELL * rows))
             for part in range(parts):
                 products = [zeros] * rows
@@ -203,7 +203,7 @@ def _exact_micro_kernel(layout: Layout, rows: int) -> Any:
                     word = weights.codes(quad).bits(e.I32V)
                     for i in range(4):
                         level = (word << (24 - 8 * i)).shift_signed(24) if layout.signed else (word >> (8 * i)) & 255
-                        level = (level - zero_point).to(e.F32)
+                        level = (level - layout.zero).to(e.F32)
                         for m in range(rows):
                             value = cell_x.at(4 * ((4 * quad + i) * rows + m)).load(e.F32S).splat(e.F32)
                             products[m] = e.fma(level, value, products[m])
@@ -216,7 +216,7 @@ def _exact_micro_kernel(layout: Layout, rows: int) -> Any:
                         group_sum = sums.at((cell * parts + part) * (4 * rows)).at(4 * m).load(e.F32S).splat(e.F32)
                         totals[m].set(e.fma(offset, group_sum, totals[m].get()))
         for m in range(rows):
-            out.at(m * 4 * LANES).store(totals[m].get())
+            out.at(stride * m).store(totals[m].get())
 
     return run
 
@@ -225,7 +225,7 @@ def _float_micro_kernel(layout: Layout, rows: int) -> Any:
     """`rows` rows of float32 activations times one tile of float weights."""
 
     @micro_kernel
-    def run(e, weights, x, out, columns):  # type: ignore[no-untyped-def]
+    def run(e, weights, x, out, columns, stride):  # type: ignore[no-untyped-def]
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(columns) as k:
             weight = _load_float(e, weights, k, layout.base)
@@ -233,7 +233,7 @@ def _float_micro_kernel(layout: Layout, rows: int) -> Any:
                 value = x.at(k * (4 * rows)).at(4 * m).load(e.F32S).splat(e.F32)
                 totals[m].set(e.fma(weight, value, totals[m].get()))
         for m in range(rows):
-            out.at(m * 4 * LANES).store(totals[m].get())
+            out.at(stride * m).store(totals[m].get())
 
     return run
 
@@ -262,78 +262,121 @@ def by_size(make: Callable[[Any, int], Any], layout: Any) -> Any:
 
 
 def _block_times_tile(layout: Layout, exact: bool) -> Any:
-    """The njit function that multiplies the block of activations at `row` by one tile, into `buffer`."""
+    """The njit function that multiplies the block of activations at `row` by one tile: rows `stride` bytes apart."""
     group, parts = min(layout.group, CELL), max(1, CELL // layout.group)
     if layout.bits >= 16:
         float_kernel = by_size(_float_micro_kernel, layout)
 
         @numba.njit
-        def multiply(packed, tile, x, row, size, columns, buffer):  # type: ignore[no-untyped-def]
-            float_kernel(size, (packed.codes[tile], x.levels[row * columns :], buffer, columns))
+        def multiply(p, tile, x, row, size, out, stride):  # type: ignore[no-untyped-def]
+            columns = p.codes.shape[1]
+            float_kernel(size, (p.codes[tile], x.levels[row * columns :], out, columns, stride))
 
     elif exact:
         exact_kernel = by_size(_exact_micro_kernel, layout)
 
         @numba.njit
-        def multiply(packed, tile, x, row, size, columns, buffer):  # type: ignore[no-untyped-def]
-            sums = x.sums[row * (columns // group) :]
-            exact_kernel(size, (packed.codes[tile], packed.scales[tile], packed.steps[tile], packed.offsets[tile],
-                                packed.offset_steps[tile], packed.table, x.levels[row * columns :], packed.zero,
-                                sums, buffer, columns // CELL))  # fmt: skip
+        def multiply(p, tile, x, row, size, out, stride):  # type: ignore[no-untyped-def]
+            columns = p.codes.shape[1] * CELL
+            exact_kernel(size, (p.codes[tile], p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
+                                p.table, x.levels[row * columns :], x.sums[row * (columns // group) :], out,
+                                columns // CELL, stride))  # fmt: skip
 
     else:
         int8_kernel = by_size(_quantized_micro_kernel, layout)
 
         @numba.njit
-        def multiply(packed, tile, x, row, size, columns, buffer):  # type: ignore[no-untyped-def]
+        def multiply(p, tile, x, row, size, out, stride):  # type: ignore[no-untyped-def]
             block = row // TARGET.rows
             first, first_slot = x.first[block], x.first_slot[block]
-            int8_kernel(size, (packed.codes[tile], packed.scales[tile], packed.steps[tile], packed.offsets[tile],
-                               packed.offset_steps[tile], packed.table, x.levels[first * CELL :], x.scales[first:],
-                               x.starts[first * parts :], x.sums[first * parts :], x.cells[first_slot:], buffer,
-                               x.first_slot[block + 1] - first_slot))  # fmt: skip
+            int8_kernel(size, (p.codes[tile], p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
+                               p.table, x.levels[first * CELL :], x.scales[first:], x.starts[first * parts :],
+                               x.sums[first * parts :], x.cells[first_slot:], out,
+                               x.first_slot[block + 1] - first_slot, stride))  # fmt: skip
 
     return multiply
 
 
-@functools.cache
-def matmul(layout: Layout, exact: bool) -> Any:
-    """The kernel for a layout: ``run(packed, x, out, threads)`` with out[:, packed.targets] overwritten.
+def _part_product(layout: Layout, exact: bool) -> Any:
+    """The njit function that multiplies rows of float32 by the weights of one layout: run(x, packed, out, threads)."""
+    multiply, floats = _block_times_tile(layout, exact), layout.bits >= 16
+    zero, group = layout.zero, 0 if floats else min(layout.group, CELL)
+    rounded = not (exact or floats)
 
-    packed : Packed;  x : Activations;  out : (tokens, n) float32, C-contiguous.
+    @numba.njit(parallel=True)
+    def multiply_tiles(prepared, columns, packed, out, threads):  # type: ignore[no-untyped-def]
+        tiles, rows, width, flat = packed.codes.shape[0], out.shape[0], out.shape[1], out.reshape(-1)
+        chunk = max(1, _CACHE // columns // TARGET.rows) * TARGET.rows
+        for thread in numba.prange(threads):
+            buffer = np.empty(TARGET.rows * LANES, np.float32)
+            for first in range(0, rows, chunk):
+                for tile in range(tiles * thread // threads, tiles * (thread + 1) // threads):
+                    lanes = packed.targets[tile * LANES : (tile + 1) * LANES]
+                    together = lanes.size == LANES and lanes[-1] - lanes[0] == LANES - 1
+                    for row in range(first, min(first + chunk, rows), TARGET.rows):
+                        size = block_size(rows - row)
+                        if together and row + size <= rows:
+                            multiply(packed, tile, prepared, row, size, flat[row * width + lanes[0] :], 4 * width)
+                            continue
+                        multiply(packed, tile, prepared, row, size, buffer, 4 * LANES)
+                        for m in range(min(size, rows - row)):
+                            for lane in range(lanes.size):
+                                out[row + m, lanes[lane]] = buffer[m * LANES + lane]
+
+    @numba.njit
+    def run(x, packed, out, threads):  # type: ignore[no-untyped-def]
+        if rounded:
+            prepared = quantize_activations(x, zero, group, threads)
+        else:
+            prepared = arrange_activations(x, group, threads)
+        multiply_tiles(prepared, x.shape[1], packed, out, threads)
+
+    return run
+
+
+@functools.cache
+def product(layouts: tuple[Layout, ...], exact: bool) -> Any:
+    """The kernel for weights with parts of these layouts: ``run(x, parts, bias, out, threads)``, out overwritten.
+
+    x : (tokens, K) float32, C-contiguous;  parts : `Packed` each;  bias : (n,) float32, or empty
+    out : (tokens, n) float32, C-contiguous
     Cost: reads the packed weights once for every ``_CACHE / K`` tokens.  Each output depends on its own row and tile
     only, so the bits do not depend on the number of threads, nor on the rows computed beside it.
     """
-    multiply, cell = _block_times_tile(layout, exact), 1 if layout.bits >= 16 else CELL
+    chain = _part_chain(layouts, exact)
 
-    @kernel(f"{layout.name()}-{'exact' if exact else 'int8'}", parallel=True)
-    def run(packed, x, out, threads):  # type: ignore[no-untyped-def]
-        tiles, columns = packed.codes.shape[0], packed.codes.shape[1] * cell
-        chunk = max(1, _CACHE // columns // TARGET.rows) * TARGET.rows
-        for thread in numba.prange(threads):
-            buffer = np.empty((TARGET.rows, LANES), np.float32)
-            for first in range(0, x.rows, chunk):
-                for tile in range(tiles * thread // threads, tiles * (thread + 1) // threads):
-                    lanes = min(LANES, packed.rows - tile * LANES)
-                    for row in range(first, min(first + chunk, x.rows), TARGET.rows):
-                        size = block_size(x.rows - row)
-                        multiply(packed, tile, x, row, size, columns, buffer)
-                        for m in range(min(size, x.rows - row)):
-                            for lane in range(lanes):
-                                out[row + m, packed.targets[tile * LANES + lane]] = buffer[m, lane]
+    @kernel("_".join(layout.name() for layout in layouts) + ("-exact" if exact else "-int8"))
+    def run(x, parts, bias, out, threads):  # type: ignore[no-untyped-def]
+        chain(x, parts, out, threads)
+        if bias.size:
+            for row in range(out.shape[0]):
+                for column in range(out.shape[1]):
+                    out[row, column] += bias[column]
+
+    return run
+
+
+def _part_chain(layouts: tuple[Layout, ...], exact: bool) -> Any:
+    """The njit function that multiplies by one part after the other: their types differ, so no loop can."""
+    first = _part_product(layouts[0], exact)
+    if len(layouts) == 1:
+
+        @numba.njit
+        def run(x, parts, out, threads):  # type: ignore[no-untyped-def]
+            first(x, parts[0], out, threads)
+
+    else:
+        others = _part_chain(layouts[1:], exact)
+
+        @numba.njit
+        def run(x, parts, out, threads):  # type: ignore[no-untyped-def]
+            first(x, parts[0], out, threads)
+            others(x, parts[1:], out, threads)
 
     return run
 
 
 _CACHE = 1 << 19  # bytes of int8 activations that stay in a core's second-level cache while tiles pass by
-
-
-def prepare(x: np.ndarray, layout: Layout, zero: int, exact: bool) -> Activations:
-    """Lay (rows, K) float32 activations out for the kernels of a layout."""
-    if layout.bits >= 16:
-        return arranged(x, 0)
-    group = min(layout.group, CELL)
-    return arranged(x, group) if exact else quantize_activations(x, zero, group)
 
 
 def wants_signed(bits: int, largest_code: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -11,6 +11,22 @@ import numpy as np
 from qattn.cpu._jit import kernel
 from qattn.cpu.attention import pack
 from qattn.cpu.simd import LANES, micro_kernel
+
+
+class Batch(NamedTuple):
+    """Where the tokens of a ragged batch belong."""
+
+    slots: np.ndarray
+    """(tokens,) int64, the sequence in the cache."""
+    places: np.ndarray
+    """(tokens,) int64, the index in the sequence."""
+    angles: np.ndarray
+    """(tokens,) int64, the position that the rotary embedding sees."""
+    row_offsets: np.ndarray
+    """(sequences + 1,) int64, the tokens of each sequence."""
+
+
+_FEW = 4  # tokens that one thread has done before others would have woken up
 
 
 @numba.njit
@@ -26,15 +42,28 @@ def _rotate(x, out, cos, sin, neox):  # type: ignore[no-untyped-def]
         out[i] = x[i]
 
 
+@numba.njit
+def _rotate_rows(x, cos, sin, positions, neox, out, start, stop):  # type: ignore[no-untyped-def]
+    """out[t, h] = head h of row t rotated, where the heads lie side by side at the beginning of x's rows."""
+    size = out.shape[2]
+    for t in range(start, stop):
+        for h in range(out.shape[1]):
+            _rotate(x[t, h * size : (h + 1) * size], out[t, h], cos[positions[t]], sin[positions[t]], neox)
+
+
 @kernel(parallel=True)
-def rotate(x, cos, sin, positions, neox, out):  # type: ignore[no-untyped-def]
+def rotate(x, cos, sin, positions, neox, out, threads):  # type: ignore[no-untyped-def]
     """out[t, h] = x[t, h] rotated by the angles of positions[t].
 
     x, out : (tokens, heads, head_dim) float32;  cos, sin : (positions, rope_dims / 2) float32
     """
-    for t in numba.prange(x.shape[0]):
-        for h in range(x.shape[1]):
-            _rotate(x[t, h], out[t, h], cos[positions[t]], sin[positions[t]], neox)
+    tokens, rows = x.shape[0], x.reshape(x.shape[0], x.shape[1] * x.shape[2])
+    if tokens < _FEW:
+        _rotate_rows(rows, cos, sin, positions, neox, out, 0, tokens)
+    else:
+        for thread in numba.prange(threads):
+            first, last = tokens * thread // threads, tokens * (thread + 1) // threads
+            _rotate_rows(rows, cos, sin, positions, neox, out, first, last)
 
 
 def _narrow_kernel(kind: str) -> Any:
@@ -56,44 +85,56 @@ def _narrow_kernel(kind: str) -> Any:
 
 @functools.cache
 def rotate_and_store(kind: str) -> Any:
-    """The kernel for a cache of that kind: ``run(qkv, cos, sin, positions, neox, cache, slots, places, q)``.
+    """The kernel for a cache of that kind: ``run(qkv, cos, sin, batch, neox, cache, lengths, q, threads)``.
 
     qkv : (tokens, heads · head_dim + kv_heads · (head_dim + value_dim)) float32, the projected rows
-    positions : (tokens,) int64, for the angles;  slots, places : (tokens,) int64, the sequence and index in the cache
-    cache : CacheView, written;  q : (tokens, heads, head_dim) float32, overwritten with the rotated queries
+    batch : `Batch`;  cache : CacheView, written;  lengths : (sequences,) int64, the new tokens counted in
+    q : (tokens, heads, head_dim) float32, overwritten with the rotated queries
     Cost: reads qkv once, writes q and the new keys and values.  The first write to a tile clears the rest of it.
     """
     narrow, packed = _narrow_kernel(kind), pack(kind)
     element = np.float32 if kind == "f32" else np.uint16
 
-    @kernel(kind, parallel=True)
-    def run(qkv, cos, sin, positions, neox, cache, slots, places, q):  # type: ignore[no-untyped-def]
-        tokens, heads, head_dim = q.shape
-        kv_heads, value_dim = cache.keys.shape[1], cache.value_dim
-        keys_at, values_at = heads * head_dim, (heads + kv_heads) * head_dim
+    @numba.njit
+    def store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h):  # type: ignore[no-untyped-def]
+        """Append one KV head's new keys and values to their tiles."""
+        head_dim, value_dim = cache.head_dim, cache.value_dim
         vectors = (max(head_dim, value_dim) + LANES - 1) // LANES
-        for h in numba.prange(kv_heads):
-            rotated = np.zeros(vectors * LANES, np.float32)
-            narrowed = np.zeros(vectors * LANES, element)
-            for t in range(tokens):
-                tile, lane = places[t] // LANES, places[t] % LANES
-                keys, values = cache.keys[slots[t], h, tile], cache.values[slots[t], h, tile]
-                if lane == 0:
-                    keys[:] = 0
-                    values[:] = 0
-                row = qkv[t, keys_at + h * head_dim : keys_at + (h + 1) * head_dim]
-                _rotate(row, rotated, cos[positions[t]], sin[positions[t]], neox)
-                narrow((rotated, narrowed, vectors))
-                for d in range(head_dim):
-                    keys[(d // packed * LANES + lane) * packed + d % packed] = narrowed[d]
-                rotated[:value_dim] = qkv[t, values_at + h * value_dim : values_at + (h + 1) * value_dim]
-                narrow((rotated, narrowed, vectors))
-                for d in range(value_dim):
-                    pair = d // LANES * LANES + lane // packed * packed
-                    values[pair * LANES + d % LANES * packed + lane % packed] = narrowed[d]
-        for t in numba.prange(tokens):
-            for h in range(heads):
-                row = qkv[t, h * head_dim : (h + 1) * head_dim]
-                _rotate(row, q[t, h], cos[positions[t]], sin[positions[t]], neox)
+        rotated = np.zeros(vectors * LANES, np.float32)
+        narrowed = np.zeros(vectors * LANES, element)
+        for t in range(qkv.shape[0]):
+            tile, lane, angle = batch.places[t] // LANES, batch.places[t] % LANES, batch.angles[t]
+            keys, values = cache.keys[batch.slots[t], h, tile], cache.values[batch.slots[t], h, tile]
+            if lane == 0:
+                keys[:] = 0
+                values[:] = 0
+            row = qkv[t, keys_at + h * head_dim : keys_at + (h + 1) * head_dim]
+            _rotate(row, rotated, cos[angle], sin[angle], neox)
+            narrow((rotated, narrowed, vectors))
+            for d in range(head_dim):
+                keys[(d // packed * LANES + lane) * packed + d % packed] = narrowed[d]
+            rotated[:value_dim] = qkv[t, values_at + h * value_dim : values_at + (h + 1) * value_dim]
+            narrow((rotated, narrowed, vectors))
+            for d in range(value_dim):
+                pair = d // LANES * LANES + lane // packed * packed
+                values[pair * LANES + d % LANES * packed + lane % packed] = narrowed[d]
+
+    @kernel(kind, parallel=True)
+    def run(qkv, cos, sin, batch, neox, cache, lengths, q, threads):  # type: ignore[no-untyped-def]
+        tokens, heads, head_dim = q.shape
+        kv_heads = cache.keys.shape[1]
+        keys_at, values_at = heads * head_dim, (heads + kv_heads) * head_dim
+        if tokens < _FEW:
+            for h in range(kv_heads):
+                store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h)
+            _rotate_rows(qkv, cos, sin, batch.angles, neox, q, 0, tokens)
+        else:
+            for thread in numba.prange(threads):
+                for h in range(kv_heads * thread // threads, kv_heads * (thread + 1) // threads):
+                    store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h)
+                first, last = tokens * thread // threads, tokens * (thread + 1) // threads
+                _rotate_rows(qkv, cos, sin, batch.angles, neox, q, first, last)
+        for t in range(tokens):
+            lengths[batch.slots[t]] = max(lengths[batch.slots[t]], batch.places[t] + 1)
 
     return run

@@ -11,13 +11,15 @@ import numpy as np
 from qattn import _check
 from qattn.attention import GGUFQAttentionWithRope
 from qattn.cpu import feed_forward
+from qattn.cpu.program import Program
+from qattn.cpu.threads import get_num_threads
 from qattn.errors import CacheError, GGUFError
 from qattn.gguf_file import GGUFFile
 from qattn.gguf_file import open as open_gguf
 from qattn.linear import Linear
 from qattn.models import architectures
 from qattn.models.config import ModelConfig
-from qattn.ops import Precision
+from qattn.ops import Batch, Precision
 
 Array = np.ndarray[Any, Any]
 _CHUNK = 512  # tokens computed at once: enough for full speed, and few enough that what lies between layers stays small
@@ -46,6 +48,7 @@ class Decoder:
         self.config, self.layers, self.max_length = config, layers, max_length
         self._embeddings, self._output_norm, self._output = embeddings, output_norm, output
         self._length = 0
+        self._step: _Step | None = None
 
     @classmethod
     def from_gguf(
@@ -143,15 +146,18 @@ class Decoder:
         logits = np.empty((1 if last_only else len(ids), self.config.vocabulary_size), np.float32)
         start = self._length
         try:
-            for first in range(0, len(ids), _CHUNK):
-                x = self._hidden(ids[first : first + _CHUNK])
-                if not last_only:
-                    self._head(x, logits[first : first + len(x)])
+            if len(ids) == 1:
+                self._one_more(ids, logits)
+            else:
+                for first in range(0, len(ids), _CHUNK):
+                    x = self._hidden(ids[first : first + _CHUNK])
+                    if not last_only:
+                        self._head(x, logits[first : first + len(x)])
+                if last_only:
+                    self._head(x[-1:], logits)
         except BaseException:  # an interrupt too: layers must not disagree about what they have seen
             self.truncate(start)
             raise
-        if last_only:
-            self._head(x[-1:], logits)
         return logits
 
     def truncate(self, length: int) -> None:
@@ -189,15 +195,34 @@ class Decoder:
     def _hidden(self, ids: Array) -> Array:
         """Run the layers over new tokens → (tokens, hidden_size) float32."""
         x = np.array(self._embeddings[ids], np.float32)
-        for layer in self.layers:
-            layer(x)
+        places = np.arange(self._length, self._length + len(ids))
+        self._run_layers(x, places)
         self._length += len(ids)
         return x
+
+    def _run_layers(self, x: Array, places: Array) -> None:
+        """Update x (tokens, hidden_size) float32 in place, for tokens at these places of the sequence."""
+        batch = Batch(np.zeros_like(places), places, places, np.array([0, len(places)]))
+        for layer in self.layers:
+            layer.attention.kv_cache.reserve(places[-1:] + 1)
+            layer(x, batch)
+
+    def _one_more(self, ids: Array, logits: Array) -> None:
+        """Append a single token.  Its kernels are recorded, and replayed for those that follow: see `Program`."""
+        if self._step is None or not self._step.fits(self, self._length):
+            self._step = _Step(self, ids, self._length)
+        else:
+            self._step.x[...] = np.asarray(self._embeddings[ids])
+            self._step.places[0] = self._length
+            self._step.program.replay()
+        self._length += 1
+        logits[...] = self._step.logits
 
     def _head(self, x: Array, logits: Array) -> None:
         """Write the logits behind rows of hidden states."""
         normed = np.empty_like(x)
-        feed_forward.rms_norm(x, self._output_norm, np.float32(self.config.norm_epsilon), normed)
+        epsilon = np.float32(self.config.norm_epsilon)
+        feed_forward.rms_norm(x, self._output_norm, epsilon, normed, get_num_threads())
         self._output(normed, out=logits)
 
 
@@ -217,15 +242,49 @@ class Layer:
         self.feed_forward_norm, self.gate_up, self.down = feed_forward_norm, gate_up, down
         self.epsilon = epsilon
 
-    def __call__(self, x: Array) -> None:
-        """Update x (tokens, hidden_size) float32 in place."""
-        normed = np.empty_like(x)
-        feed_forward.rms_norm(x, self.attention_norm, self.epsilon, normed)
-        x += self.attention(normed)
-        feed_forward.rms_norm(x, self.feed_forward_norm, self.epsilon, normed)
+    def __call__(self, x: Array, batch: Batch) -> None:
+        """Update x (tokens, hidden_size) float32 in place; the attention's cache has room for the batch."""
+        normed, threads = np.empty_like(x), get_num_threads()
+        feed_forward.rms_norm(x, self.attention_norm, self.epsilon, normed, threads)
+        feed_forward.add(x, self.attention.forward(normed, self.attention.kv_cache, batch))
+        feed_forward.rms_norm(x, self.feed_forward_norm, self.epsilon, normed, threads)
         gated = np.empty((len(x), self.down.shape[1]), np.float32)
-        feed_forward.swiglu(self.gate_up(normed), gated)
-        x += self.down(gated)
+        feed_forward.swiglu(self.gate_up(normed), gated, threads)
+        feed_forward.add(x, self.down(gated))
+
+
+class _Step:
+    """The recorded kernels of one token, at a place of the sequence that is set before each replay."""
+
+    def __init__(self, decoder: Decoder, ids: Array, length: int) -> None:
+        self.program, self.places = Program(), np.array([length])
+        self.x = np.array(decoder._embeddings[ids], np.float32)
+        self.logits = np.empty((1, decoder.config.vocabulary_size), np.float32)
+        with self.program.recording():
+            decoder._run_layers(self.x, self.places)
+            decoder._head(self.x, self.logits)
+        self._parts = self._parts_of(decoder)
+        self._end = min(self._room(layer.attention) for layer in decoder.layers)
+
+    def fits(self, decoder: Decoder, length: int) -> bool:
+        """Whether a replay at this length does what running the layers would."""
+        now = self._parts_of(decoder)
+        return length < self._end and all(a is b for a, b in zip(now, self._parts, strict=True))
+
+    @staticmethod
+    def _parts_of(decoder: Decoder) -> list[Any]:
+        """What a recording depends on and somebody may replace."""
+        parts: list[Any] = [get_num_threads()]
+        for layer in decoder.layers:
+            attention = layer.attention
+            parts += attention.wqkv, attention.o_proj, attention.kv_cache.view().keys
+        return parts
+
+    @staticmethod
+    def _room(attention: GGUFQAttentionWithRope) -> int:
+        """The length up to which tables and cache stay where they are; 0 if there is code that can't be recorded."""
+        recordable = type(attention.o_proj) is Linear
+        return min(attention.kv_cache.capacity, len(attention.rope.table(0)[0])) if recordable else 0
 
 
 class _Weights:
