@@ -25,7 +25,7 @@ from cases import Shape, gaussian, layer_bytes, random_cache, random_layer, writ
 
 import qattn
 from qattn import ops
-from qattn.attention import _places
+from qattn.attention import _batch
 
 SHAPE = Shape()
 STAGES = ("project", "rope+store", "attend", "output")

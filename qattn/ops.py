@@ -16,7 +16,9 @@ from qattn.cpu import attention as cpu_attention
 from qattn.cpu import dequantize as cpu_dequantize
 from qattn.cpu import matmul as cpu_matmul
 from qattn.cpu import rope as cpu_rope
+from qattn.cpu.activations import CELL, Activations, arrange, quantize
 from qattn.cpu.rope import Batch as Batch
+from qattn.cpu.target import TARGET
 from qattn.cpu.threads import get_num_threads
 from qattn.kv_cache import KVCache, KVCacheParams
 from qattn.masks import Mask, MHAMaskVariant
@@ -91,12 +93,39 @@ def affine(
         _check_out(out, shape)
     if out.size:
         flat = np.ascontiguousarray(x, np.float32).reshape(-1, columns)
-        run = cpu_matmul.product(matrix.layouts, precision == "exact")
-        run(flat, matrix.packed, _NO_BIAS if bias is None else bias, out.reshape(-1, rows), get_num_threads())
+        _multiply(flat, matrix, out.reshape(-1, rows), precision == "exact")
+        if bias is not None:
+            cpu_matmul.add_bias(out.reshape(-1, rows), bias, parts=parts_of(len(flat)))
     return out
 
 
-_NO_BIAS: Array = np.empty(0, np.float32)
+def _multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
+    prepared: dict[Any, Activations] = {}
+    for part in matrix.parts:
+        layout = part.layout
+        floats, group = layout.bits >= 16, min(layout.group, CELL)
+        key = "floats" if floats else (group, 0 if exact else layout.zero)
+        if key not in prepared:
+            if floats or exact:
+                prepared[key] = Activations.exact_room(len(x), x.shape[1], 0 if floats else group)
+                arrange(x, 0 if floats else group, prepared[key], parts=parts_of(len(x)))
+            else:
+                prepared[key] = Activations.room(len(x), x.shape[1], group)
+                quantize(layout.zero, group)(x, prepared[key], parts=parts_of(len(x), TARGET.rows))
+        work = part.packed.codes.nbytes * -(-len(x) // TARGET.rows)
+        each = _PARTS_FEW if len(x) <= TARGET.rows else _PARTS_MANY
+        parts = min(1 + work // _WORK, each * get_num_threads())
+        cpu_matmul.product(layout, exact)(part.packed, prepared[key], out, parts=parts)
+
+
+_WORK = 1 << 13  # bytes of weights, read once for each block of activations, that are worth a part
+# Parts for each thread.  Memory is read fastest in long pieces; where arithmetic binds, small ones end together.
+_PARTS_FEW, _PARTS_MANY = 2, 16
+
+
+def parts_of(rows: int, least: int = 4) -> int:
+    """Into how many parts the work on so many rows is divided, `least` in each: several for each thread."""
+    return max(1, min(rows // least, 4 * get_num_threads()))
 
 
 def packed(w: QuantArray | PackedMatrix | Array) -> PackedMatrix:
@@ -137,7 +166,7 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
         out = np.empty(x.shape, np.float32)
     _check_out(out, x.shape)
     cos, sin = rotary.table(int(positions.max(initial=-1)) + 1)
-    cpu_rope.rotate(x, cos, sin, positions, rotary.neox, out, get_num_threads())
+    cpu_rope.rotate(x, cos, sin, positions, rotary.neox, out, parts=parts_of(len(x)))
     return out
 
 
@@ -222,7 +251,7 @@ def rotate_and_store(
 ) -> None:
     """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cpu.rope`."""
     run = cpu_rope.rotate_and_store(cache.params.kind)
-    run(qkv, cos, sin, batch, neox, cache.view(), cache.lengths, q, get_num_threads())
+    run(qkv, cos, sin, batch, neox, cache.view(), cache.lengths, q, parts=parts_of(len(qkv)))
 
 
 def attend(
@@ -236,9 +265,12 @@ def attend(
     kind, view = cache.params.kind, cache.view()
     storage = cpu_attention.Storage(kind, "bf16" if kind == "bf16" and not exact else "f32")
     out, lse = np.empty((*q.shape[:2], view.value_dim), np.float32), np.empty(q.shape[:2], np.float32)
-    slots, threads = np.arange(cache.sequences), get_num_threads()
+    partial = cpu_attention.Partial.room(row_offsets, cache.capacity, q.shape[1], view.value_dim)
+    parts, slots = 4 * get_num_threads(), np.arange(cache.sequences)
     run = cpu_attention.attend(storage, type(mask))
-    run(q, view, slots, row_offsets, cache.lengths, np.float32(scale), mask, out, lse, threads)
+    run(q, view, slots, row_offsets, cache.lengths, np.float32(scale), mask, out, lse, partial, parts=parts)
+    if partial.lse.size:
+        cpu_attention.merge(row_offsets, cache.lengths, cache.params.n_kv_heads, partial, out, lse, parts=parts)
     return out, lse
 
 

@@ -18,6 +18,7 @@ from qattn.cpu.matmul import Layout, Packed, wants_signed
 from qattn.cpu.simd import LANES
 
 Array = np.ndarray[Any, Any]
+_PART = 1 << 18  # bytes of rows that are packed at once: they take far longer than waking a thread
 
 
 class Planes(NamedTuple):
@@ -126,7 +127,7 @@ def _pack_part(name: str, rows: list[tuple[int, QuantArray]], columns: int) -> P
     flip = 128 if layout.signed and fmt.table is None else 0
     run = cpu.pack(fmt.name, layout, fmt, fmt.block, fmt.bytes, flip)
     scales, offsets = _stored(fmt.scales, layout), _stored(fmt.offsets, layout)
-    run(data, scales, offsets, packed.codes, packed.scales, packed.steps, packed.offsets, packed.offset_steps)
+    run(data, scales, offsets, packed, parts=1 + data.nbytes // _PART)
     return Part(fmt, layout, packed)
 
 

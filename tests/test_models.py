@@ -93,10 +93,8 @@ def test_a_truncated_sequence_can_be_continued(decoder):
 
 def test_every_token_goes_through_the_attention_layer(tiny, monkeypatch):
     seen = []
-    inner = GGUFQAttentionWithRope.__call__
-    monkeypatch.setattr(
-        GGUFQAttentionWithRope, "__call__", lambda self, x, **k: seen.append(len(x)) or inner(self, x, **k)
-    )
+    inner = GGUFQAttentionWithRope.forward
+    monkeypatch.setattr(GGUFQAttentionWithRope, "forward", lambda self, x, *a: seen.append(len(x)) or inner(self, x, *a))
     Decoder.from_gguf(tiny).forward([1, 2, 3])
     assert seen == [3] * tiny_model.LAYERS
 
@@ -106,7 +104,7 @@ def test_an_interrupted_forward_leaves_the_caches_as_they_were(tiny, monkeypatch
     want = decoder.forward([1, 2, 3])[2]
     decoder.truncate(2)
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -11,10 +11,10 @@ import functools
 import hashlib
 import os
 import tempfile
-import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -60,48 +60,44 @@ def _private(path: str) -> bool:
         return False
 
 
-class Kernel:
-    """A compiled function, kept on disk.  Called like the function; `function` is what other compiled code calls."""
-
-    def __init__(self, function: Any, name: str) -> None:
-        self.function, self.name = function, name
-
-    def __call__(self, *args: Any) -> Any:
-        if recorder.append_call is not None:
-            recorder.append_call(self, args)
-        return self.function(*args)
-
-    def __repr__(self) -> str:
-        return f"<kernel {self.name}>"
-
-
-class _Recorder(threading.local):
-    """What the kernel calls of a thread are told to: see `qattn.cpu.program`."""
-
-    append_call: Callable[[Kernel, tuple[Any, ...]], None] | None = None
-
-
-recorder = _Recorder()
-
-
-def kernel(key: str = "", **options: Any) -> Callable[[Callable[..., Any]], Kernel]:
+def compiled(key: str = "", kept: bool = True, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function with Numba, without the GIL, and keep the machine code on disk.
 
     Parameters
     ----------
     key : str
         What the function was generated for; with its module and name it identifies the code.  Letters, digits, ``-_``.
+    kept : bool
+        Whether on disk.
     options
-        Further options of `numba.njit`, ``parallel=True`` for instance.
+        Further options of `numba.njit`.
     """
 
-    def decorate(function: Callable[..., Any]) -> Kernel:
-        dispatcher = numba.njit(nogil=True, **options)(function)
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = generated(key, nogil=True, **options)(function)
         name = "-".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
-        directory = cache_directory()
+        directory = cache_directory() if kept else None
         if directory is not None:
             dispatcher._cache = _KernelCache(function, directory, name)
-        return Kernel(dispatcher, name)
+        return dispatcher
+
+    return decorate
+
+
+def generated(key: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function that was made inside another one, as a part of kernels; `key` is what it was generated for.
+
+    Machine code is found by the function's name and the types of its arguments, across all that a process loads from
+    the disk.  So functions that differ in what they enclose must differ in name.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        named = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        named.__qualname__ = f"{function.__qualname__}[{key}]"
+        named.__doc__, named.__module__ = function.__doc__, function.__module__
+        return numba.njit(**options)(named)
 
     return decorate
 

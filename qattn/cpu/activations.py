@@ -8,12 +8,15 @@ Rows without outliers pay nothing.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
-from qattn.cpu.simd import micro_kernel
+from qattn.cpu._jit import generated
+from qattn.cpu.kernel import Kernel, kernel, share
+from qattn.cpu.simd import Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
 CELL = 32  # columns that share one activation scale
@@ -24,8 +27,8 @@ class Activations(NamedTuple):
     """Rows of activations in blocks, each block column-major, ready for the micro-kernel.
 
     Block b is the rows from b · `TARGET.rows`, padded to its size.  It consists of slots: a slot holds, for each row of
-    the block, what is multiplied by one cell of the weights.  `exact` and float kernels have a slot for each cell, in
-    order.
+    the block, what is multiplied by one cell of the weights.  There is room for two slots a cell; exact and float
+    kernels have one for each cell, in order.
     """
 
     levels: np.ndarray
@@ -33,16 +36,35 @@ class Activations(NamedTuple):
     scales: np.ndarray
     """(slots · rows) float32; empty for exact kernels."""
     starts: np.ndarray
-    """(slots · rows · 32 / sum_group) int32: minus the zero point times the sum of levels."""
+    """(slots · rows · 32 / sum_group) int32: minus the zero point times the sum of levels; empty for exact kernels."""
     sums: np.ndarray
     """(slots · rows · 32 / sum_group) float32: the sum of a group's activations."""
     cells: np.ndarray
-    """(slots of all blocks) int32: the cell that each slot is multiplied by; empty for exact kernels."""
-    first_slot: np.ndarray
-    """(blocks + 1) int64: where a block begins in `cells`."""
-    first: np.ndarray
-    """(blocks + 1) int64: where a block begins in the other arrays, in slots times rows."""
-    rows: int
+    """(blocks, 2 · cells) int32: the cell that each slot is multiplied by; empty for exact kernels."""
+    slots: np.ndarray
+    """(blocks,) int64: how many slots of a block are in use; empty for exact kernels."""
+
+    @classmethod
+    def room(cls, rows: int, columns: int, group: int) -> Activations:
+        """Arrays for int8 activations, for weights with groups of `group` columns."""
+        cells, parts, blocks = columns // CELL, CELL // group, -(-rows // TARGET.rows)
+        size = 2 * cells * padded_rows(rows)
+        return cls(
+            np.zeros(size * CELL, np.int8),
+            np.zeros(size, np.float32),
+            np.zeros(size * parts, np.int32),
+            np.zeros(size * parts, np.float32),
+            np.zeros((blocks, 2 * cells), np.int32),
+            np.zeros(blocks, np.int64),
+        )
+
+    @classmethod
+    def exact_room(cls, rows: int, columns: int, group: int) -> Activations:
+        """Arrays for float32 activations; no sums if `group` is 0."""
+        levels = np.zeros(padded_rows(rows) * columns, np.float32)
+        sums = np.zeros(levels.size // group if group else 0, np.float32)
+        nothing = np.empty(0, np.int32)
+        return cls(levels, sums[:0], nothing, sums, nothing.reshape(0, 0), np.empty(0, np.int64))
 
 
 @numba.njit
@@ -72,134 +94,138 @@ def _peaks(e, x, peaks, energy, cells):  # type: ignore[no-untyped-def]
     energy.store(e.sum(total.get()))
 
 
-@micro_kernel
-def _round_cell(e, x, levels, scale, totals, rest, stride):  # type: ignore[no-untyped-def]
-    """32 float32 → int8 quads `stride` bytes apart, their scale, the levels' sums by halves (int32), and the rest."""
-    halves = [x.at(64 * i).load(e.F32) for i in range(2)]
+def _round_cell(e: Emitter, halves: list[Value]) -> tuple[Value, list[Value]]:
+    """A cell of 32 float32 → its scale, and the two halves as whole numbers up to ±127."""
     largest = e.largest(e.maximum(*(e.absolute(half) for half in halves)))
-    # x - x is NaN where x is NaN or infinite: it spoils the scale, and so the result, as float arithmetic would
-    poison = e.sum((halves[0] - halves[0]) + (halves[1] - halves[1]))
     unit = largest * (1.0 / 127.0)
     inverse = unit.compare(">", 0.0).where(e.constant(1.0, e.F32S) / unit, e.constant(0.0, e.F32S)).splat(e.F32)
-    scale.store(unit + poison)
-    for i, half in enumerate(halves):
-        rounded = e.rounded(half * inverse)
-        rest.at(64 * i).store(half - rounded * unit.splat(e.F32))
-        integers = rounded.to(e.I32V)
-        totals.at(4 * i).store(e.sum(integers))
-        quads = integers.to(e.I8V).bits(e.QUADS)
-        for quad in range(4):
-            levels.at(stride * (4 * i + quad)).store(quads.lane(quad))
+    return unit, [e.rounded(half * inverse) for half in halves]
+
+
+@functools.cache
+def _row_kernels(zero: int, parts: int) -> tuple[Any, Any]:
+    """Round the cells of a row into a block of `height` rows, and what that leaves of one cell into another slot.
+
+    levels, scales, starts, sums : those of `Activations`, from the row's first element in the block (the slot) on
+    """
+
+    def store(e: Emitter, halves: list[Value], slot: Value, height: Value, arrays: list[Pointer]) -> None:
+        levels, scales, starts, sums = arrays
+        unit, rounded = _round_cell(e, halves)
+        # x - x is NaN where x is NaN or infinite: it spoils the scale, and so the result, as float arithmetic would
+        scale = unit + e.sum((halves[0] - halves[0]) + (halves[1] - halves[1]))
+        stride = height * 4
+        scales.at(slot * stride).store(scale)
+        integers = [half.to(e.I32V) for half in rounded]
+        for part, group in enumerate(integers if parts == 2 else [integers[0] + integers[1]]):
+            total, there = e.sum(group), (slot * parts + part) * stride
+            starts.at(there).store(total * -zero)
+            sums.at(there).store(scale * total.to(e.F32S))
+        for i, half in enumerate(integers):
+            quads = half.to(e.I8V).bits(e.QUADS)
+            for quad in range(4):
+                levels.at((slot * 8 + (4 * i + quad)) * stride).store(quads.lane(quad))
+
+    @micro_kernel
+    def round_row(e, x, levels, scales, starts, sums, height, cells):  # type: ignore[no-untyped-def]
+        with e.loop(cells) as cell:
+            halves = [x.at(cell * (4 * CELL)).at(64 * i).load(e.F32) for i in range(2)]
+            store(e, halves, cell, height, [levels, scales, starts, sums])
+
+    @micro_kernel
+    def round_rest(e, x, levels, scales, starts, sums, height, slot):  # type: ignore[no-untyped-def]
+        halves = [x.at(64 * i).load(e.F32) for i in range(2)]
+        unit, rounded = _round_cell(e, halves)
+        rest = [half - level * unit.splat(e.F32) for half, level in zip(halves, rounded, strict=True)]
+        store(e, rest, slot, height, [levels, scales, starts, sums])
+
+    return round_row, round_rest
 
 
 OUTLIER = np.float32(12)  # times the root mean square of a row: few cells have one, and they cause most of the error
 
 
 @numba.njit
-def _find_outliers(x, first, outliers):  # type: ignore[no-untyped-def]
-    """Mark the cells of a block's rows that have an outlier → how many cells some row has one in."""
+def _find_outliers(x, top, outliers, second):  # type: ignore[no-untyped-def]
+    """Mark the cells that have an outlier in the rows from `top`, and give those marked in any row a second slot.
+
+    outliers : (rows of a block, cells) bool;  second : (cells,) int64, the second slot of a cell, or 0; both zeroed
+    Returns the slots of the block.
+    """
     cells = outliers.shape[1]
-    peaks, energy, count = np.empty(cells, np.float32), np.empty(1, np.float32), 0
-    for row in range(first, min(first + TARGET.rows, x.shape[0])):
-        _peaks((x[row], peaks, energy, cells))
+    peaks, energy, slots = np.empty(cells, np.float32), np.empty(1, np.float32), cells
+    for m in range(min(TARGET.rows, x.shape[0] - top)):
+        _peaks((x[top + m], peaks, energy, cells))
         limit = OUTLIER * np.sqrt(energy[0] / np.float32(x.shape[1]))
         for cell in range(cells):
-            outliers[row, cell] = peaks[cell] > limit
+            if peaks[cell] > limit:
+                outliers[m, cell] = True
+                second[cell] = 1
     for cell in range(cells):
-        count += outliers[first : first + TARGET.rows, cell].any()
-    return count
-
-
-@numba.njit
-def _block_of(x, block, zero, group, outliers, a):  # type: ignore[no-untyped-def]
-    """Fill one block of the `Activations` a with rounded rows of x; `outliers` are those cells to be rounded twice."""
-    top, cells, parts = block * TARGET.rows, outliers.shape[1], CELL // group
-    height, first_slot = block_size(x.shape[0] - top), a.first_slot[block]
-    second = np.zeros(cells, np.int64)  # the slot that a cell has besides its own
-    slots = cells
-    for cell in range(cells):
-        a.cells[first_slot + cell] = cell
-        if outliers[top : top + TARGET.rows, cell].any():
+        if second[cell]:
             second[cell] = slots
-            a.cells[first_slot + slots] = cell
             slots += 1
-    rest, totals = np.empty(CELL, np.float32), np.empty(2, np.int32)
-    for row in range(top, min(top + TARGET.rows, x.shape[0])):
+    return slots
+
+
+@functools.cache
+def quantize(zero: int, group: int) -> Kernel:
+    """The kernel that rounds activations to int8, for weights of that zero point and groups: ``run(x, a)``.
+
+    x : (rows, K) float32;  a : `Activations`, with `room` for them, overwritten
+    One scale per 32 columns: the largest magnitude maps to ±127, ties round to even.
+    """
+    parts_of_cell = CELL // group
+    round_row, round_rest = _row_kernels(zero, parts_of_cell)
+
+    @generated(f"{zero}-{group}")
+    def fill_block(x, block, a):  # type: ignore[no-untyped-def]
+        top, cells = block * TARGET.rows, x.shape[1] // CELL
+        height, first = block_size(x.shape[0] - top), 2 * cells * top
+        outliers, second = np.zeros((TARGET.rows, cells), np.bool_), np.zeros(cells, np.int64)
+        slots = _find_outliers(x, top, outliers, second)
+        a.slots[block] = slots
         for cell in range(cells):
-            source, slot = x[row, cell * CELL :], cell
-            for _ in range(2 if outliers[row, cell] else 1):
-                at = a.first[block] + slot * height
-                here = at + row - top
-                levels, scale = a.levels[at * CELL + 4 * (row - top) :], a.scales[here:]
-                _round_cell((source, levels, scale, totals, rest, 4 * height))
-                for part in range(parts):
-                    total = totals[part] if parts == 2 else totals[0] + totals[1]
-                    there = at * parts + part * height + row - top
-                    a.starts[there] = -zero * total
-                    a.sums[there] = scale[0] * np.float32(total)
-                source, slot = rest, second[cell]
+            a.cells[block, cell] = cell
+            if second[cell]:
+                a.cells[block, second[cell]] = cell
+        unused, end = first + cells * height, first + slots * height  # rows without the outlier have zeros there
+        a.levels[unused * CELL : end * CELL] = 0
+        a.scales[unused:end] = 0
+        a.starts[unused * parts_of_cell : end * parts_of_cell] = 0
+        a.sums[unused * parts_of_cell : end * parts_of_cell] = 0
+        for m in range(min(TARGET.rows, x.shape[0] - top)):
+            row = x[top + m]
+            levels, scales = a.levels[first * CELL + 4 * m :], a.scales[first + m :]
+            starts, sums = a.starts[first * parts_of_cell + m :], a.sums[first * parts_of_cell + m :]
+            round_row((row, levels, scales, starts, sums, height, cells))
+            for cell in range(cells):
+                if outliers[m, cell]:
+                    round_rest((row[cell * CELL :], levels, scales, starts, sums, height, second[cell]))
+
+    @kernel(f"{zero}-{group}")
+    def run(x, a, part, parts):  # type: ignore[no-untyped-def]
+        for block in share(a.slots.size, part, parts):
+            fill_block(x, block, a)
+
+    return run
 
 
-@numba.njit(parallel=True)
-def quantize_activations(x, zero, group, threads):  # type: ignore[no-untyped-def]
-    """Round rows of activations to int8 with a scale per 32 columns → `Activations`.
+@kernel()
+def arrange(x, group, a, part, parts):  # type: ignore[no-untyped-def]
+    """Lay rows of float32 activations out for exact and float kernels, with the sums of groups (of 0: none).
 
-    x : (rows, K) float32.  The largest magnitude of 32 maps to ±127, ties round to even.
+    x : (rows, K) float32;  a : `Activations`, with `exact_room` for them, overwritten
     """
     rows, columns = x.shape
-    cells, parts, blocks = columns // CELL, CELL // group, (rows + TARGET.rows - 1) // TARGET.rows
-    outliers, more = np.zeros((rows, cells), np.bool_), np.zeros(blocks, np.int64)
-    alone = blocks == 1 or threads == 1  # waking other threads takes longer than one block
-    if alone:
-        for block in range(blocks):
-            more[block] = _find_outliers(x, block * TARGET.rows, outliers)
-    else:
-        for thread in numba.prange(threads):
-            for block in range(thread, blocks, threads):
-                more[block] = _find_outliers(x, block * TARGET.rows, outliers)
-    first_slot, first = np.zeros(blocks + 1, np.int64), np.zeros(blocks + 1, np.int64)
-    for block in range(blocks):
-        slots = cells + more[block]
-        first_slot[block + 1] = first_slot[block] + slots
-        first[block + 1] = first[block] + slots * block_size(rows - block * TARGET.rows)
-    size = first[blocks]
-    a = Activations(
-        np.zeros(size * CELL, np.int8),
-        np.zeros(size, np.float32),
-        np.zeros(size * parts, np.int32),
-        np.zeros(size * parts, np.float32),
-        np.empty(first_slot[blocks], np.int32),
-        first_slot,
-        first,
-        rows,
-    )
-    if alone:
-        for block in range(blocks):
-            _block_of(x, block, zero, group, outliers, a)
-    else:
-        for thread in numba.prange(threads):
-            for block in range(thread, blocks, threads):
-                _block_of(x, block, zero, group, outliers, a)
-    return a
-
-
-@numba.njit(parallel=True)
-def arrange_activations(x, group, threads):  # type: ignore[no-untyped-def]
-    """Lay rows of float32 activations out for exact and float kernels, with the sums of groups (of 0: none)."""
-    rows, columns = x.shape
     groups = columns // group if group else 0
-    levels = np.zeros(padded_rows(rows) * columns, np.float32)
-    sums = np.zeros(padded_rows(rows) * groups, np.float32)
-    for thread in numba.prange(threads):
-        for row in range(rows * thread // threads, rows * (thread + 1) // threads):
-            first = row // TARGET.rows * TARGET.rows
-            size = block_size(rows - first)
-            for k in range(columns):
-                levels[first * columns + k * size + row - first] = x[row, k]
-            for g in range(groups):
-                total = np.float32(0)
-                for k in range(g * group, (g + 1) * group):
-                    total += x[row, k]
-                sums[first * groups + g * size + row - first] = total
-    nothing, nowhere = np.empty(0, np.int32), np.empty(0, np.int64)
-    return Activations(levels, sums[:0], nothing, sums, nothing, nowhere, nowhere, rows)
+    for row in share(rows, part, parts):
+        first = row // TARGET.rows * TARGET.rows
+        size = block_size(rows - first)
+        for k in range(columns):
+            a.levels[first * columns + k * size + row - first] = x[row, k]
+        for g in range(groups):
+            total = np.float32(0)
+            for k in range(g * group, (g + 1) * group):
+                total += x[row, k]
+            a.sums[first * groups + g * size + row - first] = total

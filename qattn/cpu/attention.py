@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from qattn.cpu._jit import kernel
+from qattn.cpu._jit import generated
 from qattn.cpu.activations import block_size
-from qattn.cpu.matmul import by_size
+from qattn.cpu.kernel import Kernel, kernel, share
+from qattn.cpu.matmul import AHEAD, by_size
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
@@ -93,9 +94,12 @@ def _scores_kernel(storage: Storage, rows: int) -> Any:
     words, step = storage.words, (2 if storage.kind == "f16" else 4) * LANES
 
     @micro_kernel
-    def run(e, q, keys, scores, steps):  # type: ignore[no-untyped-def]
+    def run(e, q, keys, values, scores, steps):  # type: ignore[no-untyped-def]
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(steps) as k:
+            if rows < TARGET.rows:  # memory binds: ask for the next tile of keys, and the values that follow
+                e.prefetch(keys.at(k * step + AHEAD))
+                e.prefetch(values.at(k * step))
             at = q.at(k * (4 * words * rows))
             left = [[at.at(4 * (i * rows + m)) for i in range(words)] for m in range(rows)]
             for register, total in zip(
@@ -238,67 +242,67 @@ def _plan(row_offsets, lengths, kv_heads, group):  # type: ignore[no-untyped-def
     """The jobs of a ragged batch: (jobs, 7) of sequence, KV head, token, tokens, first key, end key, partial row.
 
     Sequences with one new token are cut by keys where they have more than SPLIT; their partial row is where the part's
-    result goes, counted from the end of the output; for other jobs it is -1.
+    result goes in `Partial`; for other jobs it is -1.
     """
     per_job, count, partial = tokens_per_job(group), 0, 0
-    for pass_ in range(2):
-        if pass_:
-            jobs = np.empty((count, 7), np.int64)
-        count = 0
-        for s in range(row_offsets.size - 1):
-            start, stop, keys = row_offsets[s], row_offsets[s + 1], lengths[s]
-            parts = (keys + SPLIT - 1) // SPLIT if stop - start == 1 else 1
-            blocks = (stop - start + per_job - 1) // per_job
-            for block in range(blocks):
-                for head in range(kv_heads):
-                    for part in range(parts):
-                        if pass_:
-                            first, end = (part * SPLIT, min(keys, part * SPLIT + SPLIT)) if parts > 1 else (0, keys)
-                            token = start + block * per_job
-                            target = partial if parts > 1 else -1
-                            jobs[count] = (s, head, token, min(per_job, stop - token), first, end, target)
-                            if parts > 1:
-                                partial += group
-                        count += 1
-    return jobs, partial
+    for s in range(row_offsets.size - 1):
+        new = row_offsets[s + 1] - row_offsets[s]
+        count += (new + per_job - 1) // per_job * kv_heads * _parts(new, lengths[s])
+    jobs, j = np.empty((count, 7), np.int64), 0
+    for s in range(row_offsets.size - 1):
+        start, stop, keys = row_offsets[s], row_offsets[s + 1], lengths[s]
+        parts = _parts(stop - start, keys)
+        for token in range(start, stop, per_job):
+            for head in range(kv_heads):
+                for part in range(parts):
+                    first, end, target = 0, keys, -1
+                    if parts > 1:
+                        first, end, target = part * SPLIT, min(keys, part * SPLIT + SPLIT), partial
+                        partial += group
+                    jobs[j] = (s, head, token, min(per_job, stop - token), first, end, target)
+                    j += 1
+    return jobs
 
 
 @functools.cache
-def attend(storage: Storage, mask: Any) -> Any:
+def attend(storage: Storage, mask: Any) -> Kernel:
     """The attention kernel of a storage and a mask.
 
-    It is ``run(q, cache, slots, row_offsets, lengths, scale, mask, out, lse, threads)``:
+    It is ``run(q, cache, slots, row_offsets, lengths, scale, mask, out, lse, partial)``:
 
     q : (tokens, heads, head_dim) float32, rotated;  cache : CacheView
     slots, lengths : (sequences,) int64, where a sequence lies in the cache, and its keys, the new ones included
     row_offsets : (sequences + 1,) int64, the batch's tokens of each sequence
     mask : the instance for `mask`, its class
     out : (tokens, heads, value_dim) float32;  lse : (tokens, heads) float32, natural logarithms; both overwritten
+    partial : `Partial`, overwritten with what `merge` has to put together afterwards
 
     Cost: K and V of a sequence once for `_ROWS` query rows.  A token's bits depend on nothing else in the batch, except
     that a sequence's only new token takes the split path and then differs by rounding from the same token in a prompt.
     """
+    ours, mask_name = mask.__module__.startswith("qattn."), f"{mask.__module__}.{mask.__qualname__}"
     scores = by_size(_scores_kernel, storage)
     values = by_size(_values_kernel, storage)
     softmax = _softmax_kernel(storage)
     load_query = _query_kernel(storage)
-    bounds = numba.njit(mask.bounds)
+    bounds = generated(mask_name)(mask.bounds)
     packed, words = storage.pack, storage.words
-    name = f"{storage.kind}-{storage.compute}-{mask.__name__}"
+    name = f"{storage.kind}-{storage.compute}-{mask_name}"
     item = 2 if storage.kind in ("f16", "bf16") else 4
     value_step = LANES * LANES  # elements of one slice of a value tile
     half_weights = storage.compute == "bf16"
 
-    @numba.njit
+    @generated(name)
     def run_job(job, q, cache, slot, position, length, scale, mask, group, s):  # type: ignore[no-untyped-def]
         """Leave the job's unnormalized output in s.out, with s.row_max and s.row_sum."""
         head, token, first_key, end_key = job[1], job[2], job[4], job[5]
         rows, slices = job[3] * group, (cache.value_dim + LANES - 1) // LANES
         steps = (cache.head_dim + packed - 1) // packed
         size_of_row = steps * words
-        s.row_max[:] = _MASKED
-        s.row_sum[:] = 0
-        s.out[:] = 0
+        s.row_max[:rows] = _MASKED
+        s.row_sum[:rows] = 0
+        for part in range(slices):
+            s.out[part * s.row_max.size * LANES : (part * s.row_max.size + rows) * LANES] = 0
         low, high = end_key, first_key
         for row in range(rows):
             block = row // TARGET.rows * TARGET.rows
@@ -318,6 +322,7 @@ def attend(storage: Storage, mask: Any) -> Any:
             for tile in range(tiles):
                 for block in range(0, rows, TARGET.rows):
                     scores(block_size(rows - block), (s.panel[block * size_of_row :], keys[start // LANES + tile],
+                                                      tile_values[start // LANES + tile],
                                                       s.scores[block * KEY_BLOCK + tile * LANES :], steps))  # fmt: skip
             for row in range(rows):
                 first, end = bounds(mask, position + row // group, length)
@@ -330,62 +335,81 @@ def attend(storage: Storage, mask: Any) -> Any:
                            s.out[(part * (s.row_max.size) + block) * LANES :], s.factor[block:], tiles,
                            tile_values.shape[1] * item))  # fmt: skip
 
-    @kernel(name, parallel=True)
-    def run(q, cache, slots, row_offsets, lengths, scale, mask, out, lse, threads):  # type: ignore[no-untyped-def]
+    @kernel(name, kept=ours)  # the cache does not see changes in the code of others
+    def run(q, cache, slots, row_offsets, lengths, scale, mask, out, lse, partial, part, parts):  # type: ignore[no-untyped-def]
         tokens, heads, _ = q.shape
         kv_heads, dims = cache.keys.shape[1], cache.value_dim
         group, slices = heads // kv_heads, (dims + LANES - 1) // LANES
-        jobs, partial = _plan(row_offsets, lengths, kv_heads, group)
+        jobs = _plan(row_offsets, lengths, kv_heads, group)
         rows, row_lse = out.reshape(tokens * heads, dims), lse.reshape(tokens * heads)
-        part_rows, part_lse = np.empty((partial, dims), np.float32), np.empty(partial, np.float32)
-        for thread in numba.prange(threads):
-            s = _scratch(max(_ROWS, group), q.shape[2], slices)
-            for j in range(thread, jobs.shape[0], threads):
-                job = jobs[j]
-                n, token = job[0], job[2]
-                length = lengths[n]
-                position = length - (row_offsets[n + 1] - token)
-                run_job(job, q, cache, slots[n], position, length, scale * _LOG2E, mask, group, s)
-                for row in range(job[3] * group):
-                    to, to_rows, to_lse = (token + row // group) * heads + job[1] * group + row % group, rows, row_lse
-                    if job[6] >= 0:
-                        to, to_rows, to_lse = job[6] + row, part_rows, part_lse
-                    total = s.row_sum[row]
-                    inverse = np.float32(1) / total if total > 0 else np.float32(0)
-                    to_lse[to] = (s.row_max[row] + np.log2(total)) / _LOG2E if total > 0 else np.float32(-np.inf)
-                    for d in range(dims):
-                        to_rows[to, d] = s.out[(d // LANES * s.row_max.size + row) * LANES + d % LANES] * inverse
-        if partial:
-            _merge(jobs, part_rows, part_lse, heads, group, rows, row_lse)
+        s = _scratch(tokens_per_job(group) * group if tokens > row_offsets.size - 1 else group, q.shape[2], slices)
+        for j in range(part, jobs.shape[0], parts):
+            job = jobs[j]
+            n, token = job[0], job[2]
+            length = lengths[n]
+            position = length - (row_offsets[n + 1] - token)
+            run_job(job, q, cache, slots[n], position, length, scale * _LOG2E, mask, group, s)
+            for row in range(job[3] * group):
+                to, to_rows, to_lse = (token + row // group) * heads + job[1] * group + row % group, rows, row_lse
+                if job[6] >= 0:
+                    to, to_rows, to_lse = job[6] + row, partial.out, partial.lse
+                total = s.row_sum[row]
+                inverse = np.float32(1) / total if total > 0 else np.float32(0)
+                to_lse[to] = (s.row_max[row] + np.log2(total)) / _LOG2E if total > 0 else np.float32(-np.inf)
+                for d in range(dims):
+                    to_rows[to, d] = s.out[(d // LANES * s.row_max.size + row) * LANES + d % LANES] * inverse
 
     return run
 
 
+class Partial(NamedTuple):
+    """Results of the parts that a token's keys are split into, normalized each."""
+
+    out: np.ndarray
+    """(rows, value_dim) float32: for each split sequence its KV heads, for each the parts, for each the query heads."""
+    lse: np.ndarray
+    """(rows,) float32, natural logarithms."""
+
+    @classmethod
+    def room(cls, row_offsets: np.ndarray, capacity: int, heads: int, value_dim: int) -> Partial:
+        """Arrays for the sequences of a batch, however many keys of a cache of `capacity` they have."""
+        rows = int((np.diff(row_offsets) == 1).sum()) * heads * -(-capacity // SPLIT)
+        return cls(np.empty((rows, value_dim), np.float32), np.empty(rows, np.float32))
+
+
 @numba.njit
-def _merge(jobs, part_rows, part_lse, heads, group, out, lse):  # type: ignore[no-untyped-def]
-    """Combine the parts of each split token, in the order of their keys."""
-    j = 0
-    while j < jobs.shape[0]:
-        parts = 1
-        if jobs[j, 6] >= 0:
-            while j + parts < jobs.shape[0] and jobs[j + parts, 4] > 0:
-                parts += 1
-            for row in range(group):
-                to = jobs[j, 2] * heads + jobs[j, 1] * group + row
+def _parts(tokens, keys):  # type: ignore[no-untyped-def]
+    """Into how many parts the keys of a sequence with so many new tokens are split."""
+    return (keys + SPLIT - 1) // SPLIT if tokens == 1 else 1
+
+
+@kernel()
+def merge(row_offsets, lengths, kv_heads, partial, out, lse, part, parts):  # type: ignore[no-untyped-def]
+    """Combine the parts of each split token, in the order of their keys (Milakov and Gimelshein, 2018, eq. 4).
+
+    out : (tokens, heads, value_dim) float32 and lse : (tokens, heads) float32, overwritten where a token was split
+    """
+    group, base = out.shape[1] // kv_heads, 0
+    for s in range(row_offsets.size - 1):
+        token = row_offsets[s]
+        count = _parts(row_offsets[s + 1] - token, lengths[s])
+        if count > 1:
+            for head in share(out.shape[1], part, parts):
+                first = base + head // group * count * group + head % group
                 peak = np.float32(-np.inf)
-                for part in range(parts):
-                    peak = max(peak, part_lse[jobs[j + part, 6] + row])
+                for i in range(count):
+                    peak = max(peak, partial.lse[first + i * group])
                 total = np.float32(0)
-                out[to] = 0
-                for part in range(parts):
-                    there = jobs[j + part, 6] + row
-                    if part_lse[there] > -np.inf:
-                        weight = np.exp(part_lse[there] - peak)
+                out[token, head] = 0
+                for i in range(count):
+                    there = first + i * group
+                    if partial.lse[there] > -np.inf:
+                        weight = np.exp(partial.lse[there] - peak)
                         total += weight
-                        for d in range(out.shape[1]):
-                            out[to, d] += weight * part_rows[there, d]
+                        for d in range(out.shape[2]):
+                            out[token, head, d] += weight * partial.out[there, d]
                 if total > 0:
-                    for d in range(out.shape[1]):
-                        out[to, d] /= total
-                lse[to] = peak + np.log(total) if total > 0 else np.float32(-np.inf)
-        j += parts
+                    for d in range(out.shape[2]):
+                        out[token, head, d] /= total
+                lse[token, head] = peak + np.log(total) if total > 0 else np.float32(-np.inf)
+            base += count * out.shape[1]

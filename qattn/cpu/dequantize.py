@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 
-from qattn.cpu._jit import kernel
+from qattn.cpu._jit import generated
+from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value, micro_kernel
-from qattn.cpu.threads import get_num_threads
 
 Array = np.ndarray[Any, Any]
-_FEW = 1 << 15  # weights that one thread has done before another would have woken up
+_PART = 1 << 17  # weights of a part: 512 KiB of values, which take longer than waking a thread
 
 
 def dequantize(data: Array, format: Any, out: Array) -> None:
@@ -26,9 +25,9 @@ def dequantize(data: Array, format: Any, out: Array) -> None:
         _widen(np.ascontiguousarray(data).view(format.dtype).reshape(out.shape), out)
         return
     blocks = np.ascontiguousarray(data).reshape(-1, format.bytes)
-    threads = min(get_num_threads(), 1 + out.size // _FEW)
     table = np.resize(np.array(format.table or (0,), np.int8), 16).repeat(4).reshape(16, 4).T.copy().view(np.uint8)
-    _blocks_kernel(format)(blocks, format.scales, format.offsets, table, out.reshape(-1, format.block), threads)
+    values = out.reshape(-1, format.block)
+    _blocks_kernel(format)(blocks, format.scales, format.offsets, table, values, parts=1 + out.size // _PART)
 
 
 def _widen(values: Array, out: Array) -> None:
@@ -40,39 +39,37 @@ def _widen(values: Array, out: Array) -> None:
 
 
 @functools.cache
-def _blocks_kernel(format: Any) -> Any:
-    """The kernel of a block format: ``run(blocks, scale_values, offset_values, table, out, threads)``.
+def _blocks_kernel(format: Any) -> Kernel:
+    """The kernel of a block format: ``run(blocks, scale_values, offset_values, table, out)``.
 
     blocks : (n, bytes) uint8;  out : (n, block) float32
     scale_values, offset_values : (65536 or 256,) float32, what the bits of a scale mean;  table : 16 levels, four times
     """
     expand = _expand_kernel(format)
-    code, scale_bits = numba.njit(format.code), numba.njit(format.scale_bits)
-    step, offset_bits = numba.njit(format.step or _one), numba.njit(format.offset_bits or _one)
-    offset_step, has_offset = numba.njit(format.offset_step or _one), format.offset_bits is not None
+    snippet, has_offset = generated(format.name), format.offset_bits is not None
+    code, scale_bits, step = snippet(format.code), snippet(format.scale_bits), snippet(format.step or _one)
+    offset_bits, offset_step = snippet(format.offset_bits or _one), snippet(format.offset_step or _one)
     block, group, halves = format.block, format.group, format.block // LANES
-    one_scale = format.step is not None
+    stepped = format.step is not None
 
-    @kernel(format.name, parallel=True)
-    def run(blocks, scale_values, offset_values, table, out, threads):  # type: ignore[no-untyped-def]
-        count = blocks.shape[0]
-        for thread in numba.prange(threads):
-            codes = np.zeros(max(block, 64), np.uint8)
-            scales, offsets = np.empty(block // group, np.float32), np.empty(block // group, np.float32)
-            for n in range(count * thread // threads, count * (thread + 1) // threads):
-                b = blocks[n]
-                for high in range(halves):
-                    for low in range(LANES):
-                        codes[high * LANES + low] = code(b, high * LANES + low)
-                for g in range(block // group):
-                    scales[g] = scale_values[scale_bits(b, g)]
-                    if one_scale:
-                        scales[g] *= np.float32(step(b, g))
-                    if has_offset:
-                        offsets[g] = offset_values[offset_bits(b, g)]
-                        if one_scale:
-                            offsets[g] *= np.float32(offset_step(b, g))
-                expand((codes, scales, offsets, table, out[n]))
+    @kernel(format.name)
+    def run(blocks, scale_values, offset_values, table, out, part, parts):  # type: ignore[no-untyped-def]
+        codes = np.zeros(max(block, 64), np.uint8)
+        scales, offsets = np.empty(block // group, np.float32), np.empty(block // group, np.float32)
+        for n in share(blocks.shape[0], part, parts):
+            b = blocks[n]
+            for high in range(halves):
+                for low in range(LANES):
+                    codes[high * LANES + low] = code(b, high * LANES + low)
+            for g in range(block // group):
+                scales[g] = scale_values[scale_bits(b, g)]
+                if stepped:
+                    scales[g] *= np.float32(step(b, g))
+                if has_offset:
+                    offsets[g] = offset_values[offset_bits(b, g)]
+                    if stepped:
+                        offsets[g] *= np.float32(offset_step(b, g))
+            expand((codes, scales, offsets, table, out[n]))
 
     return run
 

@@ -7,10 +7,9 @@ import math
 import numba
 import numpy as np
 
-from qattn.cpu._jit import kernel
+from qattn.cpu.kernel import kernel, share
 from qattn.cpu.simd import LANES, micro_kernel
 
-_FEW = 8  # rows that one thread has done before others would have woken up
 _LOG2_E = math.log2(math.e)
 
 
@@ -67,50 +66,30 @@ def _gate_row(gate, up, out):  # type: ignore[no-untyped-def]
         out[i] = gate[i] * ((small if gate[i] < 0 else np.float32(1)) / (np.float32(1) + small)) * up[i]
 
 
-@numba.njit
-def _norm_rows(x, weight, epsilon, out, start, stop):  # type: ignore[no-untyped-def]
-    for row in range(start, stop):
-        _norm_row(x[row], weight, epsilon, out[row])
-
-
-@kernel(parallel=True)
-def rms_norm(x, weight, epsilon, out, threads):  # type: ignore[no-untyped-def]
+@kernel()
+def rms_norm(x, weight, epsilon, out, part, parts):  # type: ignore[no-untyped-def]
     """out = x / sqrt(mean(x²) + epsilon) · weight, row by row (Zhang and Sennrich, 2019).
 
     x, out : (tokens, n) float32;  weight : (n,) float32;  epsilon : float32
     """
-    rows = x.shape[0]
-    if rows < _FEW:
-        _norm_rows(x, weight, epsilon, out, 0, rows)
-    else:
-        for thread in numba.prange(threads):
-            _norm_rows(x, weight, epsilon, out, rows * thread // threads, rows * (thread + 1) // threads)
+    for row in share(x.shape[0], part, parts):
+        _norm_row(x[row], weight, epsilon, out[row])
 
 
-@numba.njit
-def _gate_rows(gate_up, out, start, stop):  # type: ignore[no-untyped-def]
-    size = out.shape[1]
-    for row in range(start, stop):
-        _gate_row(gate_up[row, :size], gate_up[row, size:], out[row])
-
-
-@kernel(parallel=True)
-def swiglu(gate_up, out, threads):  # type: ignore[no-untyped-def]
+@kernel()
+def swiglu(gate_up, out, part, parts):  # type: ignore[no-untyped-def]
     """out = silu(gate) · up, where gate is the first half of each row and up the second (Shazeer, 2020).
 
     gate_up : (tokens, 2 · n) float32;  out : (tokens, n) float32
     """
-    rows = out.shape[0]
-    if rows < _FEW:
-        _gate_rows(gate_up, out, 0, rows)
-    else:
-        for thread in numba.prange(threads):
-            _gate_rows(gate_up, out, rows * thread // threads, rows * (thread + 1) // threads)
+    size = out.shape[1]
+    for row in share(out.shape[0], part, parts):
+        _gate_row(gate_up[row, :size], gate_up[row, size:], out[row])
 
 
 @kernel()
-def add(x, y):  # type: ignore[no-untyped-def]
+def add(x, y, part, parts):  # type: ignore[no-untyped-def]
     """x += y: (tokens, n) float32 both."""
-    for row in range(x.shape[0]):
+    for row in share(x.shape[0], part, parts):
         for column in range(x.shape[1]):
             x[row, column] += y[row, column]

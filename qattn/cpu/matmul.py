@@ -25,11 +25,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
-from qattn.cpu._jit import kernel
-from qattn.cpu.activations import BLOCKS, CELL, arrange_activations, block_size, quantize_activations
+from qattn.cpu._jit import generated
+from qattn.cpu.activations import BLOCKS, CELL, block_size
+from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
@@ -111,6 +111,11 @@ class _Weights:
             self._vectors[offset] = self._cell_codes.at(offset).load(self.e.I32V)
         return self._vectors[offset]
 
+    def prefetch(self, ahead: int) -> None:
+        """Ask for the codes that lie so many bytes further on, in this tile or the next."""
+        for line in range(self.layout.bits):
+            self.e.prefetch(self._cell_codes.at(ahead + 64 * line))
+
     def scale(self, part: int) -> Value:
         return self._scaled(self._scales, self._steps, part)
 
@@ -156,6 +161,8 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
             cell = cells.at(slot * 4).load(e.I32).to(e.I64)
             weights = _Weights(e, layout, packed, cell)
             cell_x = x.at(slot * (CELL * rows))
+            if rows < TARGET.rows:
+                weights.prefetch(AHEAD)
             products = [zeros] * rows
             for part in range(parts):
                 group_at = (slot * parts + part) * (4 * rows)
@@ -245,7 +252,7 @@ def by_size(make: Callable[[Any, int], Any], layout: Any) -> Any:
     """One njit function for the micro-kernels of all block sizes: run(size, arguments)."""
     one, two, four, eight, full = (make(layout, size) for size in (*BLOCKS, *BLOCKS[-1:] * 2)[:5])
 
-    @numba.njit
+    @generated(f"{make.__name__}-{layout}")
     def run(size, arguments):  # type: ignore[no-untyped-def]
         if size == TARGET.rows:
             full(arguments)
@@ -267,7 +274,7 @@ def _block_times_tile(layout: Layout, exact: bool) -> Any:
     if layout.bits >= 16:
         float_kernel = by_size(_float_micro_kernel, layout)
 
-        @numba.njit
+        @generated(f"{layout}-{exact}")
         def multiply(p, tile, x, row, size, out, stride):  # type: ignore[no-untyped-def]
             columns = p.codes.shape[1]
             float_kernel(size, (p.codes[tile], x.levels[row * columns :], out, columns, stride))
@@ -275,7 +282,7 @@ def _block_times_tile(layout: Layout, exact: bool) -> Any:
     elif exact:
         exact_kernel = by_size(_exact_micro_kernel, layout)
 
-        @numba.njit
+        @generated(f"{layout}-{exact}")
         def multiply(p, tile, x, row, size, out, stride):  # type: ignore[no-untyped-def]
             columns = p.codes.shape[1] * CELL
             exact_kernel(size, (p.codes[tile], p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
@@ -285,97 +292,60 @@ def _block_times_tile(layout: Layout, exact: bool) -> Any:
     else:
         int8_kernel = by_size(_quantized_micro_kernel, layout)
 
-        @numba.njit
+        @generated(f"{layout}-{exact}")
         def multiply(p, tile, x, row, size, out, stride):  # type: ignore[no-untyped-def]
-            block = row // TARGET.rows
-            first, first_slot = x.first[block], x.first_slot[block]
+            block, slots = row // TARGET.rows, x.cells.shape[1]
+            first = row * slots
             int8_kernel(size, (p.codes[tile], p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
                                p.table, x.levels[first * CELL :], x.scales[first:], x.starts[first * parts :],
-                               x.sums[first * parts :], x.cells[first_slot:], out,
-                               x.first_slot[block + 1] - first_slot, stride))  # fmt: skip
+                               x.sums[first * parts :], x.cells[block], out, x.slots[block], stride))  # fmt: skip
 
     return multiply
 
 
-def _part_product(layout: Layout, exact: bool) -> Any:
-    """The njit function that multiplies rows of float32 by the weights of one layout: run(x, packed, out, threads)."""
-    multiply, floats = _block_times_tile(layout, exact), layout.bits >= 16
-    zero, group = layout.zero, 0 if floats else min(layout.group, CELL)
-    rounded = not (exact or floats)
+@functools.cache
+def product(layout: Layout, exact: bool) -> Kernel:
+    """The kernel for weights of a layout: ``run(packed, x, out)`` with ``out[:, packed.targets]`` overwritten.
 
-    @numba.njit(parallel=True)
-    def multiply_tiles(prepared, columns, packed, out, threads):  # type: ignore[no-untyped-def]
-        tiles, rows, width, flat = packed.codes.shape[0], out.shape[0], out.shape[1], out.reshape(-1)
+    packed : `Packed`;  x : `Activations`;  out : (tokens, n) float32, C-contiguous
+    Cost: reads the packed weights once for every ``_CACHE / K`` tokens.  Each output depends on its own row and tile
+    only, so the bits do not depend on the number of threads, nor on the rows computed beside it.
+    """
+    multiply, cell = _block_times_tile(layout, exact), 1 if layout.bits >= 16 else CELL
+
+    @kernel(f"{layout.name()}-{'exact' if exact else 'int8'}")
+    def run(packed, x, out, part, parts):  # type: ignore[no-untyped-def]
+        rows, width, flat, columns = out.shape[0], out.shape[1], out.reshape(-1), packed.codes.shape[1] * cell
         chunk = max(1, _CACHE // columns // TARGET.rows) * TARGET.rows
-        for thread in numba.prange(threads):
-            buffer = np.empty(TARGET.rows * LANES, np.float32)
-            for first in range(0, rows, chunk):
-                for tile in range(tiles * thread // threads, tiles * (thread + 1) // threads):
-                    lanes = packed.targets[tile * LANES : (tile + 1) * LANES]
-                    together = lanes.size == LANES and lanes[-1] - lanes[0] == LANES - 1
-                    for row in range(first, min(first + chunk, rows), TARGET.rows):
-                        size = block_size(rows - row)
-                        if together and row + size <= rows:
-                            multiply(packed, tile, prepared, row, size, flat[row * width + lanes[0] :], 4 * width)
-                            continue
-                        multiply(packed, tile, prepared, row, size, buffer, 4 * LANES)
+        buffer = np.empty(TARGET.rows * LANES, np.float32)
+        for first in range(0, rows, chunk):
+            for tile in share(packed.codes.shape[0], part, parts):
+                lanes = packed.targets[tile * LANES : (tile + 1) * LANES]
+                together = lanes.size == LANES and lanes[-1] - lanes[0] == LANES - 1
+                for row in range(first, min(first + chunk, rows), TARGET.rows):
+                    size = block_size(rows - row)
+                    direct = together and row + size <= rows
+                    there, stride = buffer, 4 * LANES
+                    if direct:
+                        there, stride = flat[row * width + lanes[0] :], 4 * width
+                    multiply(packed, tile, x, row, size, there, stride)
+                    if not direct:
                         for m in range(min(size, rows - row)):
                             for lane in range(lanes.size):
                                 out[row + m, lanes[lane]] = buffer[m * LANES + lane]
 
-    @numba.njit
-    def run(x, packed, out, threads):  # type: ignore[no-untyped-def]
-        if rounded:
-            prepared = quantize_activations(x, zero, group, threads)
-        else:
-            prepared = arrange_activations(x, group, threads)
-        multiply_tiles(prepared, x.shape[1], packed, out, threads)
-
     return run
 
 
-@functools.cache
-def product(layouts: tuple[Layout, ...], exact: bool) -> Any:
-    """The kernel for weights with parts of these layouts: ``run(x, parts, bias, out, threads)``, out overwritten.
-
-    x : (tokens, K) float32, C-contiguous;  parts : `Packed` each;  bias : (n,) float32, or empty
-    out : (tokens, n) float32, C-contiguous
-    Cost: reads the packed weights once for every ``_CACHE / K`` tokens.  Each output depends on its own row and tile
-    only, so the bits do not depend on the number of threads, nor on the rows computed beside it.
-    """
-    chain = _part_chain(layouts, exact)
-
-    @kernel("_".join(layout.name() for layout in layouts) + ("-exact" if exact else "-int8"))
-    def run(x, parts, bias, out, threads):  # type: ignore[no-untyped-def]
-        chain(x, parts, out, threads)
-        if bias.size:
-            for row in range(out.shape[0]):
-                for column in range(out.shape[1]):
-                    out[row, column] += bias[column]
-
-    return run
+@kernel()
+def add_bias(out, bias, part, parts):  # type: ignore[no-untyped-def]
+    """out += bias: (tokens, n) and (n,) float32."""
+    for row in share(out.shape[0], part, parts):
+        for column in range(out.shape[1]):
+            out[row, column] += bias[column]
 
 
-def _part_chain(layouts: tuple[Layout, ...], exact: bool) -> Any:
-    """The njit function that multiplies by one part after the other: their types differ, so no loop can."""
-    first = _part_product(layouts[0], exact)
-    if len(layouts) == 1:
-
-        @numba.njit
-        def run(x, parts, out, threads):  # type: ignore[no-untyped-def]
-            first(x, parts[0], out, threads)
-
-    else:
-        others = _part_chain(layouts[1:], exact)
-
-        @numba.njit
-        def run(x, parts, out, threads):  # type: ignore[no-untyped-def]
-            first(x, parts[0], out, threads)
-            others(x, parts[1:], out, threads)
-
-    return run
-
-
+AHEAD = 4096  # bytes: what memory delivers to a core in its latency, and the hardware's own prefetch stops at a page's end
 _CACHE = 1 << 19  # bytes of int8 activations that stay in a core's second-level cache while tiles pass by
 
 

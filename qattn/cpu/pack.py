@@ -8,8 +8,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from qattn.cpu._jit import kernel
+from qattn.cpu._jit import generated
 from qattn.cpu.activations import CELL
+from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.matmul import PLANES, Layout, Packed
 from qattn.cpu.simd import LANES
 
@@ -17,30 +18,31 @@ Array = np.ndarray[Any, Any]
 
 
 @functools.cache
-def pack(name: str, layout: Layout, snippets: Any, block: int, size: int, flip: int) -> Any:
-    """The packing kernel of a format: ``run(rows, base_values, offset_values, codes, scales, …)``.
+def pack(name: str, layout: Layout, snippets: Any, block: int, size: int, flip: int) -> Kernel:
+    """The packing kernel of a format: ``run(rows, base_values, offset_values, packed)``.
 
     rows : (rows, bytes) uint8, whole blocks
-    codes, scales, steps, offsets, offset_steps : those of `Packed`, zeroed, overwritten
     base_values, offset_values : what each value of the stored bits of a base scale (offset) is stored as
+    packed : `Packed`, its arrays zeroed, overwritten
     flip : added to each code, modulo 256 (128 turns an unsigned byte into a signed one)
     Cost: reads the rows once, writes the packed arrays once.
     """
-    code, scale_bits = numba.njit(snippets.code), numba.njit(snippets.scale_bits)
-    step = numba.njit(snippets.step or _one)
-    offset_bits = numba.njit(snippets.offset_bits or _zero)
-    offset_step = numba.njit(snippets.offset_step or _one)
+    snippet = generated(name)
+    code, scale_bits, step = snippet(snippets.code), snippet(snippets.scale_bits), snippet(snippets.step or _one)
+    offset_bits, offset_step = snippet(snippets.offset_bits or _zero), snippet(snippets.offset_step or _one)
     has_step, has_offset, has_offset_step = layout.step, layout.offset, layout.step and layout.offset
     planes = PLANES[layout.bits]
     first, second = planes[0], planes[1] if len(planes) > 1 else 0
     group, base_group = layout.group, layout.base_group
     halves = block // 16
 
-    @kernel(name, parallel=True)
-    def run(rows, base_values, offset_values, all_codes, scales, steps, offsets, offset_steps):  # type: ignore[no-untyped-def]
-        for tile in numba.prange(all_codes.shape[0]):
-            codes = np.empty(block, np.uint8)
-            words = codes.view(np.uint32)
+    @kernel(name)
+    def run(rows, base_values, offset_values, packed, part, parts):  # type: ignore[no-untyped-def]
+        codes = np.empty(block, np.uint8)
+        words = codes.view(np.uint32)
+        all_codes, scales, steps = packed.codes, packed.scales, packed.steps
+        offsets, offset_steps = packed.offsets, packed.offset_steps
+        for tile in share(all_codes.shape[0], part, parts):
             out = all_codes[tile].view(np.uint32)
             for lane in range(min(LANES, rows.shape[0] - tile * LANES)):
                 row = rows[tile * LANES + lane]

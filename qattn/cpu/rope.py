@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from qattn.cpu._jit import kernel
+from qattn.cpu._jit import generated
 from qattn.cpu.attention import pack
+from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES, micro_kernel
 
 
@@ -26,9 +27,6 @@ class Batch(NamedTuple):
     """(sequences + 1,) int64, the tokens of each sequence."""
 
 
-_FEW = 4  # tokens that one thread has done before others would have woken up
-
-
 @numba.njit
 def _rotate(x, out, cos, sin, neox):  # type: ignore[no-untyped-def]
     """out = x with its first 2 · len(cos) elements rotated in pairs (2i, 2i + 1), or (i, i + len(cos)) if neox."""
@@ -43,27 +41,21 @@ def _rotate(x, out, cos, sin, neox):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _rotate_rows(x, cos, sin, positions, neox, out, start, stop):  # type: ignore[no-untyped-def]
-    """out[t, h] = head h of row t rotated, where the heads lie side by side at the beginning of x's rows."""
-    size = out.shape[2]
-    for t in range(start, stop):
-        for h in range(out.shape[1]):
-            _rotate(x[t, h * size : (h + 1) * size], out[t, h], cos[positions[t]], sin[positions[t]], neox)
+def _rotate_row(x, cos, sin, neox, out):  # type: ignore[no-untyped-def]
+    """out[h] = head h of a row rotated, where the heads lie side by side at the beginning of x."""
+    size = out.shape[1]
+    for h in range(out.shape[0]):
+        _rotate(x[h * size : (h + 1) * size], out[h], cos, sin, neox)
 
 
-@kernel(parallel=True)
-def rotate(x, cos, sin, positions, neox, out, threads):  # type: ignore[no-untyped-def]
+@kernel()
+def rotate(x, cos, sin, positions, neox, out, part, parts):  # type: ignore[no-untyped-def]
     """out[t, h] = x[t, h] rotated by the angles of positions[t].
 
     x, out : (tokens, heads, head_dim) float32;  cos, sin : (positions, rope_dims / 2) float32
     """
-    tokens, rows = x.shape[0], x.reshape(x.shape[0], x.shape[1] * x.shape[2])
-    if tokens < _FEW:
-        _rotate_rows(rows, cos, sin, positions, neox, out, 0, tokens)
-    else:
-        for thread in numba.prange(threads):
-            first, last = tokens * thread // threads, tokens * (thread + 1) // threads
-            _rotate_rows(rows, cos, sin, positions, neox, out, first, last)
+    for t in share(x.shape[0], part, parts):
+        _rotate_row(x[t].reshape(-1), cos[positions[t]], sin[positions[t]], neox, out[t])
 
 
 def _narrow_kernel(kind: str) -> Any:
@@ -84,8 +76,8 @@ def _narrow_kernel(kind: str) -> Any:
 
 
 @functools.cache
-def rotate_and_store(kind: str) -> Any:
-    """The kernel for a cache of that kind: ``run(qkv, cos, sin, batch, neox, cache, lengths, q, threads)``.
+def rotate_and_store(kind: str) -> Kernel:
+    """The kernel for a cache of that kind: ``run(qkv, cos, sin, batch, neox, cache, lengths, q)``.
 
     qkv : (tokens, heads · head_dim + kv_heads · (head_dim + value_dim)) float32, the projected rows
     batch : `Batch`;  cache : CacheView, written;  lengths : (sequences,) int64, the new tokens counted in
@@ -95,7 +87,7 @@ def rotate_and_store(kind: str) -> Any:
     narrow, packed = _narrow_kernel(kind), pack(kind)
     element = np.float32 if kind == "f32" else np.uint16
 
-    @numba.njit
+    @generated(kind)
     def store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h):  # type: ignore[no-untyped-def]
         """Append one KV head's new keys and values to their tiles."""
         head_dim, value_dim = cache.head_dim, cache.value_dim
@@ -119,22 +111,17 @@ def rotate_and_store(kind: str) -> Any:
                 pair = d // LANES * LANES + lane // packed * packed
                 values[pair * LANES + d % LANES * packed + lane % packed] = narrowed[d]
 
-    @kernel(kind, parallel=True)
-    def run(qkv, cos, sin, batch, neox, cache, lengths, q, threads):  # type: ignore[no-untyped-def]
+    @kernel(kind)
+    def run(qkv, cos, sin, batch, neox, cache, lengths, q, part, parts):  # type: ignore[no-untyped-def]
         tokens, heads, head_dim = q.shape
         kv_heads = cache.keys.shape[1]
         keys_at, values_at = heads * head_dim, (heads + kv_heads) * head_dim
-        if tokens < _FEW:
-            for h in range(kv_heads):
-                store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h)
-            _rotate_rows(qkv, cos, sin, batch.angles, neox, q, 0, tokens)
-        else:
-            for thread in numba.prange(threads):
-                for h in range(kv_heads * thread // threads, kv_heads * (thread + 1) // threads):
-                    store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h)
-                first, last = tokens * thread // threads, tokens * (thread + 1) // threads
-                _rotate_rows(qkv, cos, sin, batch.angles, neox, q, first, last)
-        for t in range(tokens):
-            lengths[batch.slots[t]] = max(lengths[batch.slots[t]], batch.places[t] + 1)
+        for h in share(kv_heads, part, parts):
+            store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h)
+        for t in share(tokens, part, parts):
+            _rotate_row(qkv[t], cos[batch.angles[t]], sin[batch.angles[t]], neox, q[t])
+        if part == 0:
+            for t in range(tokens):
+                lengths[batch.slots[t]] = max(lengths[batch.slots[t]], batch.places[t] + 1)
 
     return run

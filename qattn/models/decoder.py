@@ -11,7 +11,7 @@ import numpy as np
 from qattn import _check
 from qattn.attention import GGUFQAttentionWithRope
 from qattn.cpu import feed_forward
-from qattn.cpu.program import Program
+from qattn.cpu.kernel import Program
 from qattn.cpu.threads import get_num_threads
 from qattn.errors import CacheError, GGUFError
 from qattn.gguf_file import GGUFFile
@@ -19,7 +19,7 @@ from qattn.gguf_file import open as open_gguf
 from qattn.linear import Linear
 from qattn.models import architectures
 from qattn.models.config import ModelConfig
-from qattn.ops import Batch, Precision
+from qattn.ops import Batch, Precision, parts_of
 
 Array = np.ndarray[Any, Any]
 _CHUNK = 512  # tokens computed at once: enough for full speed, and few enough that what lies between layers stays small
@@ -222,7 +222,7 @@ class Decoder:
         """Write the logits behind rows of hidden states."""
         normed = np.empty_like(x)
         epsilon = np.float32(self.config.norm_epsilon)
-        feed_forward.rms_norm(x, self._output_norm, epsilon, normed, get_num_threads())
+        feed_forward.rms_norm(x, self._output_norm, epsilon, normed, parts=parts_of(len(x)))
         self._output(normed, out=logits)
 
 
@@ -244,13 +244,13 @@ class Layer:
 
     def __call__(self, x: Array, batch: Batch) -> None:
         """Update x (tokens, hidden_size) float32 in place; the attention's cache has room for the batch."""
-        normed, threads = np.empty_like(x), get_num_threads()
-        feed_forward.rms_norm(x, self.attention_norm, self.epsilon, normed, threads)
-        feed_forward.add(x, self.attention.forward(normed, self.attention.kv_cache, batch))
-        feed_forward.rms_norm(x, self.feed_forward_norm, self.epsilon, normed, threads)
+        normed, parts = np.empty_like(x), parts_of(len(x))
+        feed_forward.rms_norm(x, self.attention_norm, self.epsilon, normed, parts=parts)
+        feed_forward.add(x, self.attention.forward(normed, self.attention.kv_cache, batch), parts=parts)
+        feed_forward.rms_norm(x, self.feed_forward_norm, self.epsilon, normed, parts=parts)
         gated = np.empty((len(x), self.down.shape[1]), np.float32)
-        feed_forward.swiglu(self.gate_up(normed), gated, threads)
-        feed_forward.add(x, self.down(gated))
+        feed_forward.swiglu(self.gate_up(normed), gated, parts=parts)
+        feed_forward.add(x, self.down(gated), parts=parts)
 
 
 class _Step:

@@ -1,0 +1,285 @@
+"""Kernels: functions whose work threads share, called one by one or recorded and replayed.
+
+A kernel is a function with two last arguments, ``part`` and ``parts``: called for each part, in any order and by any
+thread, it does all of the work, and a result never depends on who did what.  ::
+
+    @kernel()
+    def add(x, y, part, parts):
+        for row in share(x.shape[0], part, parts):
+            x[row] += y[row]
+
+    add(x, y, parts=2)
+
+Threads take parts as they come: a counter tells which is next, and a kernel is over when all its parts are.  So a
+thread that the system starts late, or interrupts for a while, holds up no more than the part that it has taken.
+
+Calling a kernel from Python takes microseconds, and waking threads for it as many.  Where the same kernels follow each
+other on the same arrays again and again, as for each token that a model writes, they are recorded once::
+
+    program = Program()
+    with program.recording():
+        step(x, out)                           # any Python code that calls kernels, which run as usual
+    x[...] = another                           # the same arrays, other content
+    program.replay()                           # one call, whatever the number of kernels
+
+A recorded call is the address of a *thunk*, compiled code that loads arguments of certain types from memory and calls
+the kernel, and the address of its arguments as machine code wants them.  A replay sees the arrays' contents of its
+time; addresses, sizes and numbers are those of the recording.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from qattn.cpu._jit import compiled, generated
+from qattn.cpu.threads import get_num_threads
+
+_ROOM = 2048  # bytes for the arguments of a call
+_LINE = 8  # int64 in a cache line, which two counters had better not share
+
+
+class Kernel:
+    """A compiled function of ``(…, part, parts)``.  `body` is what other compiled code calls."""
+
+    def __init__(self, function: Callable[..., None], key: str, kept: bool) -> None:
+        self.name = "-".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
+        self.body = compiled(key, kept)(function)
+        self._bind = compiled(self.name, kept)(_binder(self.body, self.name))
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.name}>"
+
+    def __call__(self, *args: Any, parts: int = 1) -> None:
+        program = _current.program
+        if program is None and parts == 1:
+            self.body(*args, 0, 1)
+            return
+        memory = np.empty(_ROOM, np.uint8)
+        call = np.array([[self._bind(memory.ctypes.data, *args), memory.ctypes.data, parts]], np.int64)
+        _run(call, min(parts, get_num_threads()))
+        if program is not None:
+            program.append(call, (memory, args))
+
+
+def kernel(key: str = "", kept: bool = True) -> Callable[[Callable[..., None]], Kernel]:
+    """Make a kernel of a function; `key` is what it was generated for, see `compiled`."""
+    return lambda function: Kernel(function, key, kept)
+
+
+@numba.njit
+def share(count: int, part: int, parts: int) -> range:
+    """The indices below `count` that a part has to do: as many as any other part, in one piece."""
+    return range(count * part // parts, count * (part + 1) // parts)
+
+
+class Program:
+    """A sequence of kernel calls.  It keeps the arrays alive that they work on."""
+
+    def __init__(self) -> None:
+        self._calls = np.empty((0, 3), np.int64)
+        self._kept: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Append the kernel calls of this thread to the program."""
+        before, _current.program = _current.program, self
+        try:
+            yield
+        finally:
+            _current.program = before
+
+    def append(self, call: np.ndarray, kept: Any) -> None:
+        """Add a bound call, (1, 3) int64 of thunk, arguments and parts, and what must stay alive with it."""
+        self._calls = np.concatenate([self._calls, call])
+        self._kept.append(kept)
+
+    def replay(self) -> None:
+        """Run the kernels in the order of their recording."""
+        _run(self._calls, get_num_threads())
+
+
+class _Current(threading.local):
+    program: Program | None = None
+
+
+_current = _Current()
+
+
+# ------------------------------------------------------------------------------------------------------- threads
+
+
+def _run(calls: np.ndarray, threads: int) -> None:
+    state = np.zeros((1 + len(calls), 2, _LINE), np.int64)
+    if threads == 1:
+        _work(calls, state, 1)
+    else:
+        _work_together(calls, state, threads)
+    if state[0, 0, 0]:
+        raise MemoryError("a kernel found no memory for its intermediate results")
+
+
+@compiled()
+def _work(calls, state, threads):  # type: ignore[no-untyped-def]
+    """Take parts of one call after the other, until all are done.  What fails is noted in state[0].
+
+    While threads take turns, each gets parts that follow each other: memory is faster in long pieces.
+    """
+    for i in range(calls.shape[0]):
+        following, done, parts = state[1 + i, 0], state[1 + i, 1], calls[i, 2]
+        each = parts // threads
+        while True:
+            turn = _add_one(following)
+            if turn >= parts:
+                break
+            part = turn % threads * each + turn // threads if turn < each * threads else turn
+            if _call(calls[i, 0], calls[i, 1], part, parts):
+                state[0, 0, 0] = 1
+            _add_one(done)
+        while _load(done) < parts:
+            _pause()
+
+
+@compiled(parallel=True)
+def _work_together(calls, state, threads):  # type: ignore[no-untyped-def]
+    for _ in numba.prange(threads):
+        _work(calls, state, threads)
+
+
+@intrinsic
+def _add_one(typing_context: Any, counter: Any) -> Any:
+    """Add 1 to the first element of an int64 array, atomically, and return what it was."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return types.int64(counter), codegen
+
+
+@intrinsic
+def _load(typing_context: Any, counter: Any) -> Any:
+    """The first element of an int64 array, as other threads left it."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load_atomic(data, "acquire", 8)
+
+    return types.int64(counter), codegen
+
+
+@intrinsic
+def _pause(typing_context: Any) -> Any:
+    """Tell the core that this is a loop which waits."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        if builder.module.triple.startswith(("x86_64", "i686")):
+            builder.call(cgutils.get_or_insert_function(builder.module, _NOTHING, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+_NOTHING = ir.FunctionType(ir.VoidType(), [])
+
+
+# -------------------------------------------------------------------------------------------------------- thunks
+
+
+def _binder(body: Any, name: str) -> Callable[..., Any]:
+    """A function that stores arguments at an address and returns that of a thunk for their types."""
+
+    @intrinsic
+    def thunk_address(typing_context: Any, values: Any) -> Any:
+        load = _loader(values)
+
+        def thunk(address, part, parts):  # type: ignore[no-untyped-def]
+            body(*load(address), part, parts)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            dispatcher = generated(f"{name}-{values}", nogil=True)(thunk)
+            dispatcher.compile(_THUNK)
+            target = dispatcher.overloads[_THUNK]
+            context.active_code_library.add_linking_library(target.library)
+            function = context.declare_function(builder.module, target.fndesc)
+            return builder.ptrtoint(function, ir.IntType(64))
+
+        return types.int64(values), codegen
+
+    def bind(address, *values):  # type: ignore[no-untyped-def]
+        _save(address, values)
+        return thunk_address(values)
+
+    return bind
+
+
+_THUNK = (types.int64, types.int64, types.int64)
+
+
+def _loader(type_: types.Type) -> Any:
+    """An intrinsic that reads a value of a type from an address."""
+
+    @intrinsic
+    def load(typing_context: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            return builder.load(_pointer(context, builder, type_, args[0]))
+
+        return type_(types.int64), codegen
+
+    return load
+
+
+@intrinsic
+def _save(typing_context: Any, address: Any, values: Any) -> Any:
+    """Write a tuple to an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        if context.get_abi_sizeof(context.get_value_type(values)) > _ROOM:
+            raise NotImplementedError(f"the arguments of a kernel take more than {_ROOM} bytes: {values}")
+        bare = _without_owners(context, builder, values, args[1])
+        builder.store(bare, _pointer(context, builder, values, args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, values), codegen
+
+
+def _pointer(context: Any, builder: ir.IRBuilder, type_: types.Type, address: ir.Value) -> ir.Value:
+    return builder.inttoptr(address, context.get_value_type(type_).as_pointer())
+
+
+def _without_owners(context: Any, builder: ir.IRBuilder, type_: types.Type, value: ir.Value) -> ir.Value:
+    """The value with its arrays owning nothing: the references of a call end with it."""
+    if isinstance(type_, types.Array):
+        array = context.make_array(type_)(context, builder, value)
+        array.meminfo = cgutils.get_null_value(array.meminfo.type)
+        array.parent = cgutils.get_null_value(array.parent.type)
+        return array._getvalue()
+    for i, item in enumerate(getattr(type_, "types", ())):  # of a tuple
+        bare = _without_owners(context, builder, item, builder.extract_value(value, i))
+        value = builder.insert_value(value, bare, i)
+    return value
+
+
+@intrinsic
+def _call(typing_context: Any, address: Any, memory: Any, part: Any, parts: Any) -> Any:
+    """Call the thunk at an address → whether it failed."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        convention = context.call_conv
+        function_type = convention.get_function_type(types.none, _THUNK)
+        function = builder.inttoptr(args[0], function_type.as_pointer())
+        status, _ = convention.call_function(builder, function, types.none, _THUNK, args[1:])
+        return status.is_error
+
+    return types.boolean(types.int64, *_THUNK), codegen
