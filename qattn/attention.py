@@ -11,6 +11,7 @@ import numpy as np
 from qattn import _check, architectures, formats, ops
 from qattn._backend import as_numpy
 from qattn.array import QuantArray
+from qattn.cpu.scratch import scratch
 from qattn.errors import CacheError, DeviceError, GGUFError
 from qattn.gguf_file import GGUFFile
 from qattn.gguf_file import open as open_gguf
@@ -246,8 +247,11 @@ class AttentionWithRope:
         """The steps of a call, without its checks: x (tokens, hidden_size) float32, for which the cache has room."""
         qkv = self._project(x)
         q = self._rotate_and_store(qkv, cache, batch)
-        heads, _ = ops.attend(q, cache, batch.row_offsets, self.mask, self.scale, exact=self.precision == "exact")
-        return self.o_proj(heads.reshape(len(x), self.num_attention_heads * self.kv_params.values))  # type: ignore[misc]
+        size = self.num_attention_heads * self.kv_params.values
+        heads = scratch("heads", (len(x), self.num_attention_heads, self.kv_params.values))
+        exact = self.precision == "exact"
+        ops.attend(q, cache, batch.row_offsets, self.mask, self.scale, exact=exact, out=heads)
+        return self.o_proj(heads.reshape(len(x), size))  # type: ignore[misc]
 
     def _check_input(self, x: Any, cache: KVCache, row_offsets: Any) -> tuple[Array, Array]:
         _ = self.wqkv  # an error if there are no weights
@@ -274,12 +278,13 @@ class AttentionWithRope:
 
     def _project(self, x: Array) -> Array:
         """x → q, k and v side by side, (tokens, outputs) float32."""
-        return ops.affine(x, self._qkv_proj, self._bias, precision=self.precision)  # type: ignore[arg-type]
+        qkv = scratch("qkv", (len(x), sum(self._projection_rows())))
+        return ops.affine(x, self._qkv_proj, self._bias, out=qkv, precision=self.precision)  # type: ignore[arg-type]
 
     def _rotate_and_store(self, qkv: Array, cache: KVCache, batch: ops.Batch) -> Array:
         """Rotate q and k, append k and v to the cache, and return q: (tokens, heads, head_dim) float32."""
         cos, sin = self.rope.table(int(batch.angles.max(initial=-1)) + 1)
-        q = np.empty((len(qkv), self.num_attention_heads, self.kv_params.head_dim), np.float32)
+        q = scratch("q", (len(qkv), self.num_attention_heads, self.kv_params.head_dim))
         ops.rotate_and_store(qkv, cos, sin, batch, self.rope.neox, cache, q)
         return q
 

@@ -100,22 +100,23 @@ def affine(
 
 
 def _multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
-    prepared: dict[Any, Activations] = {}
+    last: Any = None
     for part in matrix.parts:
         layout = part.layout
         floats, group = layout.bits >= 16, min(layout.group, CELL)
         key = "floats" if floats else (group, 0 if exact else layout.zero)
-        if key not in prepared:
+        if key != last:
+            last = key
             if floats or exact:
-                prepared[key] = Activations.exact_room(len(x), x.shape[1], 0 if floats else group)
-                arrange(x, 0 if floats else group, prepared[key], parts=parts_of(len(x)))
+                prepared = Activations.exact_room(len(x), x.shape[1], 0 if floats else group)
+                arrange(x, 0 if floats else group, prepared, parts=parts_of(len(x)))
             else:
-                prepared[key] = Activations.room(len(x), x.shape[1], group)
-                quantize(layout.zero, group)(x, prepared[key], parts=parts_of(len(x), TARGET.rows))
+                prepared = Activations.room(len(x), x.shape[1], group)
+                quantize(layout.zero, group)(x, prepared, parts=parts_of(len(x), TARGET.rows))
         work = part.packed.codes.nbytes * -(-len(x) // TARGET.rows)
         each = _PARTS_FEW if len(x) <= TARGET.rows else _PARTS_MANY
         parts = min(1 + work // _WORK, each * get_num_threads())
-        cpu_matmul.product(layout, exact)(part.packed, prepared[key], out, parts=parts)
+        cpu_matmul.product(layout, exact)(part.packed, prepared, out, parts=parts)
 
 
 _WORK = 1 << 13  # bytes of weights, read once for each block of activations, that are worth a part
@@ -255,7 +256,7 @@ def rotate_and_store(
 
 
 def attend(
-    q: Array, cache: KVCache, row_offsets: Array, mask: Mask, scale: float, *, exact: bool
+    q: Array, cache: KVCache, row_offsets: Array, mask: Mask, scale: float, *, exact: bool, out: Array | None = None
 ) -> tuple[Array, Array]:
     """Attention of the last tokens of each sequence in a cache: out (tokens, heads, value_dim), lse (tokens, heads).
 
@@ -264,7 +265,8 @@ def attend(
     """
     kind, view = cache.params.kind, cache.view()
     storage = cpu_attention.Storage(kind, "bf16" if kind == "bf16" and not exact else "f32")
-    out, lse = np.empty((*q.shape[:2], view.value_dim), np.float32), np.empty(q.shape[:2], np.float32)
+    out = np.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
+    lse = np.empty(q.shape[:2], np.float32)
     partial = cpu_attention.Partial.room(row_offsets, cache.capacity, q.shape[1], view.value_dim)
     parts, slots = 4 * get_num_threads(), np.arange(cache.sequences)
     run = cpu_attention.attend(storage, type(mask))

@@ -16,6 +16,7 @@ import numpy as np
 
 from qattn.cpu._jit import generated
 from qattn.cpu.kernel import Kernel, kernel, share
+from qattn.cpu.scratch import scratch
 from qattn.cpu.simd import Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
@@ -46,23 +47,23 @@ class Activations(NamedTuple):
 
     @classmethod
     def room(cls, rows: int, columns: int, group: int) -> Activations:
-        """Arrays for int8 activations, for weights with groups of `group` columns."""
+        """Scratch for int8 activations, for weights with groups of `group` columns."""
         cells, parts, blocks = columns // CELL, CELL // group, -(-rows // TARGET.rows)
         size = 2 * cells * padded_rows(rows)
         return cls(
-            np.zeros(size * CELL, np.int8),
-            np.zeros(size, np.float32),
-            np.zeros(size * parts, np.int32),
-            np.zeros(size * parts, np.float32),
-            np.zeros((blocks, 2 * cells), np.int32),
-            np.zeros(blocks, np.int64),
+            scratch("levels", (size * CELL,), np.int8),
+            scratch("scales", (size,)),
+            scratch("starts", (size * parts,), np.int32),
+            scratch("sums", (size * parts,)),
+            scratch("cells", (blocks, 2 * cells), np.int32),
+            scratch("slots", (blocks,), np.int64),
         )
 
     @classmethod
     def exact_room(cls, rows: int, columns: int, group: int) -> Activations:
-        """Arrays for float32 activations; no sums if `group` is 0."""
-        levels = np.zeros(padded_rows(rows) * columns, np.float32)
-        sums = np.zeros(levels.size // group if group else 0, np.float32)
+        """Scratch for float32 activations; no sums if `group` is 0."""
+        levels = scratch("floats", (padded_rows(rows) * columns,))
+        sums = scratch("sums of floats", (levels.size // group if group else 0,))
         nothing = np.empty(0, np.int32)
         return cls(levels, sums[:0], nothing, sums, nothing.reshape(0, 0), np.empty(0, np.int64))
 

@@ -77,7 +77,7 @@ def _accumulate(
     """totals[m] + one vector of keys or values times the words that `left[m]` point to."""
     if storage.compute == "bf16":
         vector = there.load(e.I32V)
-        return [e.dot2_bf16(t, at[0].load(e.I32).splat(e.I32V), vector) for t, at in zip(totals, left, strict=True)]
+        return [e.dot2_bf16(t, vector, at[0].load(e.I32).splat(e.I32V)) for t, at in zip(totals, left, strict=True)]
     if storage.kind == "f32":
         vectors: tuple[Value, ...] = (there.load(e.F32),)
     elif storage.kind == "f16":
@@ -137,11 +137,12 @@ def _values_kernel(storage: Storage, rows: int) -> Any:
     return run
 
 
-def _softmax_kernel(storage: Storage) -> Any:
+def _softmax_kernel(storage: Storage, masked: bool) -> Any:
     """One row of scores of `tiles` tiles → weights, and the running maximum, sum and rescaling factor.
 
-    Keys outside first … end - 1, counted from the block's start, weigh nothing.
+    If `masked`, keys outside first … end - 1, counted from the block's start, weigh nothing.
     """
+    degree = 4 if storage.compute == "bf16" else 5  # weights rounded to 8 bits need no more
 
     @micro_kernel
     def run(e, scores, weights, tiles, first, end, row_max, row_sum, factor):  # type: ignore[no-untyped-def]
@@ -151,18 +152,20 @@ def _softmax_kernel(storage: Storage) -> Any:
         largest = e.register(e.constant(float(_MASKED), e.F32))
         with e.loop(tiles) as tile:
             there = scores.at(tile * (4 * LANES))
-            key = lanes + (tile * LANES).to(e.I32).splat(e.I32V)
-            masked = key.compare(">=", low).where(key.compare("<", high).where(there.load(e.F32), hidden), hidden)
-            there.store(masked)
-            largest.set(e.maximum(largest.get(), masked))
+            score = there.load(e.F32)
+            if masked:
+                key = lanes + (tile * LANES).to(e.I32).splat(e.I32V)
+                score = key.compare(">=", low).where(key.compare("<", high).where(score, hidden), hidden)
+                there.store(score)
+            largest.set(e.maximum(score, largest.get()))
         old = row_max.load(e.F32S)
         peak = e.largest(largest.get())
         peak = peak.compare(">", old).where(peak, old)
         row_max.store(peak)
-        shrink = e.exp2((old - peak).splat(e.F32))
+        shrink = e.exp2((old - peak).splat(e.F32), degree)
         total, peaks = e.register(e.constant(0.0, e.F32)), peak.splat(e.F32)
         with e.loop(tiles) as tile:
-            p = e.exp2(scores.at(tile * (4 * LANES)).load(e.F32) - peaks)
+            p = e.exp2(scores.at(tile * (4 * LANES)).load(e.F32) - peaks, degree)
             total.set(total.get() + p)
             if storage.compute == "bf16":
                 weights.at(tile * (2 * LANES)).store(e.to_bf16(p))
@@ -283,7 +286,7 @@ def attend(storage: Storage, mask: Any) -> Kernel:
     ours, mask_name = mask.__module__.startswith("qattn."), f"{mask.__module__}.{mask.__qualname__}"
     scores = by_size(_scores_kernel, storage)
     values = by_size(_values_kernel, storage)
-    softmax = _softmax_kernel(storage)
+    softmax, masked_softmax = _softmax_kernel(storage, masked=False), _softmax_kernel(storage, masked=True)
     load_query = _query_kernel(storage)
     bounds = generated(mask_name)(mask.bounds)
     packed, words = storage.pack, storage.words
@@ -326,8 +329,13 @@ def attend(storage: Storage, mask: Any) -> Kernel:
                                                       s.scores[block * KEY_BLOCK + tile * LANES :], steps))  # fmt: skip
             for row in range(rows):
                 first, end = bounds(mask, position + row // group, length)
-                softmax((s.scores[row * KEY_BLOCK :], weights[row * KEY_BLOCK :], tiles, first - start,
-                         min(end, end_key) - start, s.row_max[row:], s.row_sum[row:], s.factor[row:]))  # fmt: skip
+                first, end = first - start, min(end, end_key) - start
+                arguments = (s.scores[row * KEY_BLOCK :], weights[row * KEY_BLOCK :], tiles, first, end,
+                             s.row_max[row:], s.row_sum[row:], s.factor[row:])  # fmt: skip
+                if first <= 0 and end >= tiles * LANES:
+                    softmax(arguments)
+                else:
+                    masked_softmax(arguments)
             for part in range(slices):
                 for block in range(0, rows, TARGET.rows):
                     values(block_size(rows - block), (weights[block * KEY_BLOCK :],

@@ -110,6 +110,11 @@ class Program:
         _run(self._calls, get_num_threads())
 
 
+def is_recording() -> bool:
+    """Whether the kernel calls of this thread are being recorded."""
+    return _current.program is not None
+
+
 class _Current(threading.local):
     program: Program | None = None
 

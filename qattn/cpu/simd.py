@@ -258,8 +258,8 @@ class Emitter:
         return self.intrinsic("llvm.fma.v16f32", self.F32, a, b, c)
 
     def maximum(self, a: Value, b: Value) -> Value:
-        """The larger of each lane; a NaN in either is not kept."""
-        return self.intrinsic("llvm.maxnum.v16f32", self.F32, a, b)
+        """The larger of each lane; b where either is NaN, as the machine's instruction has it."""
+        return a.compare(">", b).where(a, b)
 
     def absolute(self, a: Value) -> Value:
         return (a.bits(self.I32V) & 0x7FFFFFFF).bits(self.F32)
@@ -283,21 +283,32 @@ class Emitter:
             a = low.compare(">", high).where(low, high)
         return a.lane(0)
 
-    def exp2(self, x: Value) -> Value:
-        """2**x for x ≤ 0, relative error below 2e-7; 0 below -126 (where float32 has few digits left).
+    def exp2(self, x: Value, degree: int = 5) -> Value:
+        """2**x for x ≤ 0, 0 below -150.  Relative error below 2e-7, or 3e-6 with degree 4.
 
-        2**x = 2**n · 2**f with n = round(x), |f| ≤ 1/2, and a degree-6 polynomial for 2**f.
+        2**x = 2**n · 2**f with n = round(x), |f| ≤ 1/2, and a polynomial for 2**f.
         """
-        underflow = x.compare("<", -126.0)
-        whole = self.rounded(self.maximum(x, self.constant(-126.0, self.F32)))
+        x = self.maximum(x, self.constant(-200.0, self.F32))
+        whole = self.rounded(x)
         f = x - whole
-        p = self.constant(_EXP2[0], self.F32)
-        for coefficient in _EXP2[1:]:
+        p = self.constant(_EXP2[degree][0], self.F32)
+        for coefficient in _EXP2[degree][1:]:
             p = self.fma(p, f, self.constant(coefficient, self.F32))
-        power = ((whole.to(self.I32V) + 127) << 23).bits(self.F32)
-        return underflow.where(self.constant(0.0, self.F32), p * power)
+        return self._times_power_of_2(p, whole)
 
     # ------------------------------------------------------------------ what differs between instruction sets
+
+    def _times_power_of_2(self, x: Value, whole: Value) -> Value:
+        """x · 2**whole, for whole numbers -200 … 0."""
+        if TARGET.level == "avx512":
+            all_lanes, current_rounding = self.constant(-1, ir.IntType(16)), self.constant(4, _I32)
+            name = "llvm.x86.avx512.mask.scalef.ps.512"
+            return self.intrinsic(name, self.F32, x, whole, x, all_lanes, current_rounding)
+        # In two steps, since a float's exponent ends at -126.
+        half = whole.to(self.I32V).shift_signed(1)
+        for power in (half, whole.to(self.I32V) - half):
+            x = x * ((power + 127) << 23).bits(self.F32)
+        return x
 
     def lookup(self, table: Value, index: Value) -> Value:
         """table[index] for 64 indices 0 … 15; `table` holds its 16 bytes four times over."""
@@ -425,7 +436,10 @@ _I1 = ir.IntType(1)
 MAX_CODE = 127 if TARGET.level == "neon" or (TARGET.level == "avx2" and not TARGET.vnni) else 255
 
 # 2**f on [-1/2, 1/2], highest power first: least squares on the relative error, reweighted until its peaks are level
-_EXP2 = (1.53533292e-4, 1.33988689e-3, 9.61843742e-3, 5.55033248e-2, 2.40226479e-1, 6.93147203e-1, 1.0)
+_EXP2 = {
+    4: (9.57010143e-3, 5.59178603e-2, 2.40247448e-1, 6.93121815e-1, 9.99999261e-1),
+    5: (1.32764715e-3, 9.67554133e-3, 5.55071327e-2, 2.40221197e-1, 6.93146967e-1, 1.00000007),
+}
 
 
 def _bytes(*words: Value) -> tuple[Value, ...]:

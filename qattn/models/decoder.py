@@ -12,6 +12,7 @@ from qattn import _check
 from qattn.attention import GGUFQAttentionWithRope
 from qattn.cpu import feed_forward
 from qattn.cpu.kernel import Program
+from qattn.cpu.scratch import scratch
 from qattn.cpu.threads import get_num_threads
 from qattn.errors import CacheError, GGUFError
 from qattn.gguf_file import GGUFFile
@@ -244,13 +245,14 @@ class Layer:
 
     def __call__(self, x: Array, batch: Batch) -> None:
         """Update x (tokens, hidden_size) float32 in place; the attention's cache has room for the batch."""
-        normed, parts = np.empty_like(x), parts_of(len(x))
+        normed, parts = scratch("normed", x.shape), parts_of(len(x))
         feed_forward.rms_norm(x, self.attention_norm, self.epsilon, normed, parts=parts)
         feed_forward.add(x, self.attention.forward(normed, self.attention.kv_cache, batch), parts=parts)
         feed_forward.rms_norm(x, self.feed_forward_norm, self.epsilon, normed, parts=parts)
-        gated = np.empty((len(x), self.down.shape[1]), np.float32)
-        feed_forward.swiglu(self.gate_up(normed), gated, parts=parts)
-        feed_forward.add(x, self.down(gated), parts=parts)
+        gate_up = scratch("gate and up", (len(x), self.gate_up.shape[0]))
+        gated = scratch("gated", (len(x), self.down.shape[1]))
+        feed_forward.swiglu(self.gate_up(normed, out=gate_up), gated, parts=parts)
+        feed_forward.add(x, self.down(gated, out=normed), parts=parts)
 
 
 class _Step:
