@@ -85,7 +85,7 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
     """One step of a layer, call by call as in its ``__call__``: seconds of each."""
     cache.lengths[:] = depth
     offsets = np.array([0, len(x)])
-    slots, places, lengths = _places(cache, offsets)
+    batch = _batch(cache, offsets)
     times = [time.perf_counter()]
 
     def clock(call: Callable[[], Any]) -> Any:
@@ -94,8 +94,7 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
         return result
 
     qkv = clock(lambda: layer._project(x))
-    q = clock(lambda: layer._rotate_and_store(qkv, cache, slots, places, places))
-    cache.lengths[:] = lengths
+    q = clock(lambda: layer._rotate_and_store(qkv, cache, batch))
     heads, _ = clock(lambda: ops.attend(q, cache, offsets, layer.mask, layer.scale, exact=False))
     clock(lambda: layer.o_proj(heads.reshape(len(x), -1)))
     return list(np.diff(times))

@@ -1,61 +1,28 @@
 """A whole model, SmolLM2-135M unless another file is named: reading a prompt, writing tokens, and starting up.
 
 Tokens are random and no text is made, so that the decoder alone is timed.  Starting up is a fresh process from its
-start to the first token of a short prompt.  Then the time of a decode step is taken apart: calls into compiled kernels,
-as Python sees them, and Python between them.
+start to the first token of a short prompt.  Then the time of a decode step is taken apart: its recorded kernels, each
+kind replayed alone, and Python around the replay.
 """
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import harness
-import numba
 import numpy as np
 
-from qattn.cpu import attention, dequantize, feed_forward, matmul, rope
 from qattn.models import Decoder, fetch
 
-KERNEL_MODULES = (attention, dequantize, feed_forward, matmul, rope)
 FIRST_TOKEN = """
 import sys
 from qattn.models import Model
 print(next(iter(Model.from_gguf(sys.argv[1]).generate("Once upon a time", max_tokens=1))))
 """
-
-
-class Clocked:
-    """A compiled kernel that adds up its calls and their seconds."""
-
-    def __init__(self, kernel: Any, name: str, calls: dict[str, list[float]]) -> None:
-        self._kernel, self._seconds = kernel, calls[name]
-
-    def __call__(self, *args: Any) -> Any:
-        begin = time.perf_counter()
-        result = self._kernel(*args)
-        self._seconds.append(time.perf_counter() - begin)
-        return result
-
-
-def clock_kernels(calls: dict[str, list[float]]) -> None:
-    """Let every kernel that Python calls be timed: those of the modules, and those that their factories make."""
-    for module in KERNEL_MODULES:
-        for name, thing in list(vars(module).items()):
-            full = f"{module.__name__.rpartition('.')[2]}.{name}"
-            if isinstance(thing, numba.core.dispatcher.Dispatcher):
-                setattr(module, name, Clocked(thing, full, calls))
-            elif hasattr(thing, "cache_info") and thing.__module__ == module.__name__:
-                setattr(module, name, _clocked_factory(thing, full, calls))
-
-
-def _clocked_factory(factory: Any, name: str, calls: dict[str, list[float]]) -> Any:
-    return functools.cache(lambda *args: Clocked(factory(*args), name, calls))
 
 
 def first_token_seconds(path: Path) -> float:
@@ -72,23 +39,20 @@ def write(decoder: Decoder, depth: int, tokens: np.ndarray[Any, Any]) -> None:
         decoder.forward([token])
 
 
-def profile(decoder: Decoder, depth: int, tokens: np.ndarray[Any, Any]) -> list[harness.Row]:
-    """Where the time of a decode step goes."""
-    calls: dict[str, list[float]] = defaultdict(list)
-    clock_kernels(calls)
-    write(decoder, depth, tokens[:4])
-    for seconds in calls.values():
-        seconds.clear()
-    begin = time.perf_counter()
-    write(decoder, depth, tokens)
-    total = (time.perf_counter() - begin) / len(tokens)
-    spent = {name: (len(seconds) / len(tokens), sum(seconds) / len(tokens)) for name, seconds in calls.items()}
-    rest = total - sum(seconds for _, seconds in spent.values())
-    spent = dict(sorted(spent.items(), key=lambda item: -item[1][1])) | {"Python between them": (0.0, rest)}
+def profile(decoder: Decoder, depth: int, rounds: int) -> list[harness.Row]:
+    """Where the time of a decode step goes: kernels replayed alone, each kind for itself, and Python around the replay."""
+    write(decoder, depth, np.arange(2))
+    program = decoder._step.program  # type: ignore[union-attr]
+    kinds = {kernel.name: program.only(kernel) for kernel in program.kernels}
+    calls = {name: part.replay for name, part in kinds.items()}
+    calls |= {"step": lambda: write(decoder, depth, np.arange(1)), "all kernels": program.replay}
+    times = {name: timing.median for name, timing in harness.compare(calls, rounds).items()}
+    step, replay = times.pop("step"), times.pop("all kernels")
+    rows = [(name, len(kinds[name]), seconds) for name, seconds in sorted(times.items(), key=lambda item: -item[1])]
+    rows += [("all kernels", len(program), replay), ("Python around them", 0, step - replay)]
     return [
-        {"of a decode step": name, "calls": count, "µs": 1e6 * seconds, "share %": 100 * seconds / total}
-        for name, (count, seconds) in spent.items()
-        if seconds
+        {"of a decode step": name, "calls": count, "µs": 1e6 * seconds, "share %": 100 * seconds / step}
+        for name, count, seconds in rows
     ]
 
 
@@ -120,7 +84,7 @@ def main() -> None:
         )
     ]
     print()
-    harness.table(profile(decoder, args.prompt, tokens))
+    harness.table(profile(decoder, args.prompt, max(15, args.rounds)))
     harness.report(args, rows, x="what", y="tokens/s")
     print(f"\npeak memory {harness.peak_rss() / 1e6:.0f} MB")
 

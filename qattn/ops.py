@@ -213,7 +213,7 @@ def attention(
     Returns
     -------
     (tokens, heads, value_dim) float32
-        Computed in float32; exp2 has a relative error below 2e-7.  A query that sees no key gives zeros.
+        Computed in float32; exp2 has a relative error below 3e-7.  A query that sees no key gives zeros.
     """
     q, k, v = (as_numpy(a, name) for a, name in ((q, "q"), (k, "k"), (v, "v")))
     _check.shape("q", q, ("tokens", "heads", "head_dim"))

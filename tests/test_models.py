@@ -94,7 +94,12 @@ def test_a_truncated_sequence_can_be_continued(decoder):
 def test_every_token_goes_through_the_attention_layer(tiny, monkeypatch):
     seen = []
     inner = GGUFQAttentionWithRope.forward
-    monkeypatch.setattr(GGUFQAttentionWithRope, "forward", lambda self, x, *a: seen.append(len(x)) or inner(self, x, *a))
+
+    def forward(self, x, *others):
+        seen.append(len(x))
+        return inner(self, x, *others)
+
+    monkeypatch.setattr(GGUFQAttentionWithRope, "forward", forward)
     Decoder.from_gguf(tiny).forward([1, 2, 3])
     assert seen == [3] * tiny_model.LAYERS
 

@@ -26,11 +26,12 @@ import numpy as np
 from qattn.cpu._jit import generated
 from qattn.cpu.activations import block_size
 from qattn.cpu.kernel import Kernel, kernel, share
-from qattn.cpu.matmul import AHEAD, by_size
+from qattn.cpu.matmul import by_size
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
 KEY_BLOCK = 128  # keys per step of the online softmax: scores of 96 rows then take 48 KiB
+_AHEAD = 4096  # bytes of keys to ask for ahead: a tile of 16 heads of 128
 _ROWS = 96  # query rows that share one pass over the keys
 SPLIT = 512  # keys per job when a single token attends: small enough to occupy all threads, whatever their number
 _LOG2E = np.float32(1.4426950408889634)
@@ -98,7 +99,7 @@ def _scores_kernel(storage: Storage, rows: int) -> Any:
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(steps) as k:
             if rows < TARGET.rows:  # memory binds: ask for the next tile of keys, and the values that follow
-                e.prefetch(keys.at(k * step + AHEAD))
+                e.prefetch(keys.at(k * step + _AHEAD))
                 e.prefetch(values.at(k * step))
             at = q.at(k * (4 * words * rows))
             left = [[at.at(4 * (i * rows + m)) for i in range(words)] for m in range(rows)]

@@ -30,6 +30,7 @@ time; addresses, sizes and numbers are those of the recording.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -67,7 +68,7 @@ class Kernel:
         call = np.array([[self._bind(memory.ctypes.data, *args), memory.ctypes.data, parts]], np.int64)
         _run(call, min(parts, get_num_threads()))
         if program is not None:
-            program.append(call, (memory, args))
+            program.append(self, call, (memory, args))
 
 
 def kernel(key: str = "", kept: bool = True) -> Callable[[Callable[..., None]], Kernel]:
@@ -87,9 +88,16 @@ class Program:
     def __init__(self) -> None:
         self._calls = np.empty((0, 3), np.int64)
         self._kept: list[Any] = []
+        self.kernels: list[Kernel] = []
 
     def __len__(self) -> int:
         return len(self._calls)
+
+    def only(self, kernel: Kernel) -> Program:
+        """The calls of one kernel, to see what it takes."""
+        chosen, part = [i for i, called in enumerate(self.kernels) if called is kernel], Program()
+        part._calls, part._kept, part.kernels = self._calls[chosen], self._kept, [kernel] * len(chosen)
+        return part
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -100,10 +108,11 @@ class Program:
         finally:
             _current.program = before
 
-    def append(self, call: np.ndarray, kept: Any) -> None:
+    def append(self, called: Kernel, call: np.ndarray, kept: Any) -> None:
         """Add a bound call, (1, 3) int64 of thunk, arguments and parts, and what must stay alive with it."""
         self._calls = np.concatenate([self._calls, call])
         self._kept.append(kept)
+        self.kernels.append(called)
 
     def replay(self) -> None:
         """Run the kernels in the order of their recording."""
@@ -125,12 +134,41 @@ _current = _Current()
 # ------------------------------------------------------------------------------------------------------- threads
 
 
+class _Pool:
+    """How Numba's threads may be used.
+
+    Its "workqueue" layer, where neither OpenMP nor TBB is installed, aborts the process when two Python threads call
+    it at once.  GNU OpenMP does where a forked child calls it whose parent had.  So the first wait for each other, and
+    such a child works alone.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._reentrant, self.usable = threading.Lock(), False, True
+
+    def run(self, calls: np.ndarray, state: np.ndarray, threads: int) -> None:
+        if self._reentrant:
+            _work_together(calls, state, threads)
+            return
+        with self._lock:
+            _work_together(calls, state, threads)
+            self._reentrant = numba.threading_layer() != "workqueue"
+
+    def after_fork(self) -> None:
+        self.usable = self.usable and not self._reentrant and not self._lock.locked()
+        self._lock = threading.Lock()
+
+
+_pool = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.after_fork)
+
+
 def _run(calls: np.ndarray, threads: int) -> None:
     state = np.zeros((1 + len(calls), 2, _LINE), np.int64)
-    if threads == 1:
+    if threads == 1 or not _pool.usable:
         _work(calls, state, 1)
     else:
-        _work_together(calls, state, threads)
+        _pool.run(calls, state, threads)
     if state[0, 0, 0]:
         raise MemoryError("a kernel found no memory for its intermediate results")
 

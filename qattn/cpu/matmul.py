@@ -161,8 +161,8 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
             cell = cells.at(slot * 4).load(e.I32).to(e.I64)
             weights = _Weights(e, layout, packed, cell)
             cell_x = x.at(slot * (CELL * rows))
-            if rows < TARGET.rows:
-                weights.prefetch(AHEAD)
+            if rows < TARGET.rows and layout.bits < 8:  # bytes are read so fast that asking ahead is in the way
+                weights.prefetch(_AHEAD)
             products = [zeros] * rows
             for part in range(parts):
                 group_at = (slot * parts + part) * (4 * rows)
@@ -345,7 +345,7 @@ def add_bias(out, bias, part, parts):  # type: ignore[no-untyped-def]
             out[row, column] += bias[column]
 
 
-AHEAD = 4096  # bytes: what memory delivers to a core in its latency, and the hardware's own prefetch stops at a page's end
+_AHEAD = 8192  # bytes; the hardware's own prefetch ends with each page of 4096
 _CACHE = 1 << 19  # bytes of int8 activations that stay in a core's second-level cache while tiles pass by
 
 

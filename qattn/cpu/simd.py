@@ -284,7 +284,7 @@ class Emitter:
         return a.lane(0)
 
     def exp2(self, x: Value, degree: int = 5) -> Value:
-        """2**x for x ≤ 0, 0 below -150.  Relative error below 2e-7, or 3e-6 with degree 4.
+        """2**x for x ≤ 0, 0 below -150.  Relative error below 3e-7, or 3e-6 with degree 4.
 
         2**x = 2**n · 2**f with n = round(x), |f| ≤ 1/2, and a polynomial for 2**f.
         """

@@ -1,0 +1,148 @@
+"""Kernels: parts and threads, recording and replaying, several processes and Python threads at once."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qattn
+from qattn.cpu.feed_forward import add
+from qattn.cpu.kernel import Program, kernel, share
+from tests.strategies import normal, random_weights
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, **environment):
+    command, environment = [sys.executable, "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@kernel("test", kept=False)
+def count(done, part, parts):
+    for i in share(done.size, part, parts):
+        done[i] += 1
+
+
+@kernel("test", kept=False)
+def fail(x, part, parts):
+    x[0] = 1
+    if part == parts - 1:
+        raise ValueError
+
+
+@given(size=st.integers(0, 50), parts=st.integers(1, 70))
+def test_parts_share_the_work_and_do_it_once(size, parts):
+    done = np.zeros(size, np.int64)
+    count(done, parts=parts)
+    assert (done == 1).all()
+
+
+def test_a_replay_does_the_same_to_new_content():
+    x, y, program = normal((3, 8)), normal((3, 8), 1), Program()
+    with program.recording():
+        add(x, y)  # runs as well
+        add(x, y, parts=3)
+    assert len(program) == 2
+    x[...], y[...] = 1, 2
+    program.replay()
+    assert (x == 5).all()
+    add(x, y)
+    assert (x == 7).all() and len(program) == 2
+
+
+def test_a_recording_is_that_of_its_thread():
+    x, y, program = np.zeros((1, 8), np.float32), np.ones((1, 8), np.float32), Program()
+    with program.recording():
+        other = threading.Thread(target=add, args=(x, y))
+        other.start()
+        other.join()
+    assert (x == 1).all() and len(program) == 0
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_a_kernel_that_fails_raises_and_stops_nobody(parts):
+    with pytest.raises(MemoryError, match="a kernel found no memory"):
+        fail(np.zeros(1), parts=parts)
+    done = np.zeros(9, np.int64)
+    count(done, parts=4)
+    assert (done == 1).all()
+
+
+def test_machine_code_of_other_processes_is_not_confused(tmp_path):
+    """Files of the cache written apart, where generated functions have the same numbers, are loaded together."""
+    code = (
+        "import numpy as np, qattn\n"
+        "from tests.strategies import random_weights, normal\n"
+        "for name in {!r}:\n"
+        "    w, x = random_weights(name, 20, 256), normal((3, 256))\n"
+        "    want = x @ np.asarray(w).T\n"
+        "    assert np.allclose(qattn.matmul(x, w), want, atol=0.03 * np.abs(want).max()), name\n"
+    )
+    names = ["Q4_0", "Q4_1", "IQ4_NL"]
+    for name in names:
+        python(code.format([name]), NUMBA_CACHE_DIR=str(tmp_path))
+    python(code.format(names), NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_python_threads_may_call_at_once(layer):
+    code = (
+        "import threading, numpy as np, qattn\n"
+        "from tests.strategies import random_weights, normal\n"
+        "w, x = random_weights('Q4_0', 500, 256), normal((30, 256))\n"
+        "want, wrong = qattn.matmul(x, w), []\n"
+        "def work():\n"
+        "    for _ in range(50):\n"
+        "        if not np.array_equal(qattn.matmul(x, w), want): wrong.append(1)\n"
+        "threads = [threading.Thread(target=work) for _ in range(4)]\n"
+        "for t in threads: t.start()\n"
+        "for t in threads: t.join()\n"
+        "print(len(wrong))"
+    )
+    assert python(code, NUMBA_THREADING_LAYER=layer) == "0\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_computes_too():
+    code = (
+        "import os, numpy as np, qattn\n"
+        "from tests.strategies import random_weights, normal\n"
+        "w, x = random_weights('Q4_0', 500, 256), normal((30, 256))\n"
+        "want = qattn.matmul(x, w)\n"
+        "if not os.fork():\n"
+        "    os._exit(0 if np.array_equal(qattn.matmul(x, w), want) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    assert python(code) == "0\n"
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    w, x, before = random_weights("Q4_K", 700, 512), normal((50, 512)), qattn.get_num_threads()
+    q, k = normal((50, 8, 32)), normal((900, 2, 32))
+    want = qattn.matmul(x, w), qattn.attention(q, k, k), qattn.attention(q[:1], k, k)
+    try:
+        for threads in range(1, before + 1):
+            qattn.set_num_threads(threads)
+            got = qattn.matmul(x, w), qattn.attention(q, k, k), qattn.attention(q[:1], k, k)
+            assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+    finally:
+        qattn.set_num_threads(before)
+
+
+def test_the_environment_sets_the_number_of_threads():
+    code = "import qattn; print(qattn.get_num_threads())"
+    assert python(code, QATTN_NUM_THREADS="1") == "1\n"
+    with pytest.raises(AssertionError, match="QATTN_NUM_THREADS is 'many'; expected a positive integer"):
+        python(code, QATTN_NUM_THREADS="many")
+    if hasattr(os, "sched_setaffinity"):
+        alone = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + code
+        assert python(alone) == "1\n"
