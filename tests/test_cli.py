@@ -161,7 +161,7 @@ def test_ctrl_c_ends_politely(endless):
     process = in_another_process(
         "generate", "h", "--model", endless, "--max-tokens", 90_000
     )
-    assert process.stdout.read(1) == "h"
+    assert process.stdout.read(20).startswith("h")  # tokens flow: what Numba compiles is compiled
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
