@@ -17,6 +17,7 @@ from qattn.cpu import dequantize as cpu_dequantize
 from qattn.cpu import matmul as cpu_matmul
 from qattn.cpu import rope as cpu_rope
 from qattn.cpu.activations import CELL, Activations, arrange, quantize
+from qattn.cpu.kernel import is_recording
 from qattn.cpu.rope import Batch as Batch
 from qattn.cpu.target import TARGET
 from qattn.cpu.threads import get_num_threads
@@ -115,10 +116,11 @@ def _multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
                 quantize(layout.zero, group)(x, prepared, parts=parts_of(len(x), TARGET.rows))
         work = part.packed.codes.nbytes * -(-len(x) // TARGET.rows)
         each = _PARTS_FEW if len(x) <= TARGET.rows else _PARTS_MANY
-        parts = min(1 + work // _WORK, each * get_num_threads())
+        parts = min(1 + work // _WORK, each * get_num_threads()) if work > _ALONE or is_recording() else 1
         cpu_matmul.product(layout, exact)(part.packed, prepared, out, parts=parts)
 
 
+_ALONE = 1 << 20  # bytes of weights that one thread has read before another, unless it runs already, is worth waking
 _WORK = 1 << 13  # bytes of weights, read once for each block of activations, that are worth a part
 # Parts for each thread.  Memory is read fastest in long pieces; where arithmetic binds, small ones end together.
 _PARTS_FEW, _PARTS_MANY = 2, 16
@@ -268,12 +270,16 @@ def attend(
     out = np.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
     lse = np.empty(q.shape[:2], np.float32)
     partial = cpu_attention.Partial.room(row_offsets, cache.capacity, q.shape[1], view.value_dim)
-    parts, slots = 4 * get_num_threads(), np.arange(cache.sequences)
+    large = cache.capacity * q.size > _LARGE or is_recording()
+    parts, slots = 4 * get_num_threads() if large else 1, np.arange(cache.sequences)
     run = cpu_attention.attend(storage, type(mask))
     run(q, view, slots, row_offsets, cache.lengths, np.float32(scale), mask, out, lse, partial, parts=parts)
     if partial.lse.size:
         cpu_attention.merge(row_offsets, cache.lengths, cache.params.n_kv_heads, partial, out, lse, parts=parts)
     return out, lse
+
+
+_LARGE = 1 << 20  # products of queries and keys that take longer than waking a thread
 
 
 def _check_out(out: Any, shape: tuple[int, ...]) -> None:

@@ -21,7 +21,7 @@ from qattn.cpu.simd import Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
 CELL = 32  # columns that share one activation scale
-BLOCKS = (*(size for size in (1, 2, 4, 8) if size < TARGET.rows), TARGET.rows)
+BLOCKS = (1, 4 if TARGET.rows > 4 else 2, TARGET.rows)  # few, since each is compiled for every layout
 
 
 class Activations(NamedTuple):

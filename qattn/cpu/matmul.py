@@ -250,7 +250,7 @@ def _float_micro_kernel(layout: Layout, rows: int) -> Any:
 
 def by_size(make: Callable[[Any, int], Any], layout: Any) -> Any:
     """One njit function for the micro-kernels of all block sizes: run(size, arguments)."""
-    one, two, four, eight, full = (make(layout, size) for size in (*BLOCKS, *BLOCKS[-1:] * 2)[:5])
+    one, some, full = (make(layout, size) for size in BLOCKS)
 
     @generated(f"{make.__name__}-{layout}")
     def run(size, arguments):  # type: ignore[no-untyped-def]
@@ -258,12 +258,8 @@ def by_size(make: Callable[[Any, int], Any], layout: Any) -> Any:
             full(arguments)
         elif size == 1:
             one(arguments)
-        elif size == 2:
-            two(arguments)
-        elif size == 4:
-            four(arguments)
         else:
-            eight(arguments)
+            some(arguments)
 
     return run
 
