@@ -1,7 +1,8 @@
 """The same work by other libraries, in the same run and in turn with qattn, as ratios: above 1, qattn is faster.
 
 layer   llama.cpp (llama-cpp-python) on a file of four layers of Llama 3 8B's attention, random weights, and next to no
-        feed-forward network, so that nearly all work is attention blocks: prefill of 512 tokens, and decode
+        feed-forward network, so that nearly all work is attention blocks: prefill of 512 tokens, and decode of 32, one
+        after the other as when a model writes: cores need some milliseconds to be at full speed after a rest
 model   llama.cpp on SmolLM2-135M: a prompt of 512 tokens, and 64 more
 torch   PyTorch: F.linear in float32 and bfloat16, scaled_dot_product_attention
 gguf    dequantization by the gguf package
@@ -30,7 +31,7 @@ from qattn import masks, ops
 from qattn.models import fetch
 
 LAYERS = 4
-PROMPT, GENERATE = 512, 64
+PROMPT, GENERATE, DECODE = 512, 64, 32
 Calls = dict[str, Callable[[], object]]
 
 
@@ -72,7 +73,7 @@ def layer(args: argparse.Namespace) -> Iterator[harness.Row]:
                 both.fill(depth)
                 if depth <= args.prefill_depth:
                     yield against(f"{name} prefill {PROMPT} @ {depth}", both.calls([both.tokens(PROMPT)]), args)
-                yield against(f"{name} decode @ {depth}", both.calls([both.tokens(1)]), args)
+                yield against(f"{name} decode {DECODE} @ {depth}", both.calls(list(both.tokens(DECODE)[:, None])), args)
             both.close()
 
 

@@ -117,13 +117,13 @@ def _multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
         work = part.packed.codes.nbytes * -(-len(x) // TARGET.rows)
         each = _PARTS_FEW if len(x) <= TARGET.rows else _PARTS_MANY
         parts = min(1 + work // _WORK, each * get_num_threads()) if work > _ALONE or is_recording() else 1
-        cpu_matmul.product(layout, exact)(part.packed, prepared, out, parts=parts)
+        cpu_matmul.product(layout, exact)(part.packed, prepared, out, parts=parts, streams=part.packed.codes)
 
 
 _ALONE = 1 << 20  # bytes of weights that one thread has read before another, unless it runs already, is worth waking
 _WORK = 1 << 13  # bytes of weights, read once for each block of activations, that are worth a part
 # Parts for each thread.  Memory is read fastest in long pieces; where arithmetic binds, small ones end together.
-_PARTS_FEW, _PARTS_MANY = 2, 16
+_PARTS_FEW, _PARTS_MANY = 4, 16
 
 
 def parts_of(rows: int, least: int = 4) -> int:

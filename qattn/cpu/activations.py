@@ -21,7 +21,8 @@ from qattn.cpu.simd import Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
 CELL = 32  # columns that share one activation scale
-BLOCKS = (1, 4 if TARGET.rows > 4 else 2, TARGET.rows)  # few, since each is compiled for every layout
+# Rows of a block; few, since a kernel is compiled for each.
+BLOCKS = (1, 4, 8, TARGET.rows) if TARGET.rows > 4 else (1, 2, TARGET.rows)
 
 
 class Activations(NamedTuple):

@@ -25,9 +25,9 @@ def dequantize(data: Array, format: Any, out: Array) -> None:
         _widen(np.ascontiguousarray(data).view(format.dtype).reshape(out.shape), out)
         return
     blocks = np.ascontiguousarray(data).reshape(-1, format.bytes)
-    table = np.resize(np.array(format.table or (0,), np.int8), 16).repeat(4).reshape(16, 4).T.copy().view(np.uint8)
     values = out.reshape(-1, format.block)
-    _blocks_kernel(format)(blocks, format.scales, format.offsets, table, values, parts=1 + out.size // _PART)
+    run, table = _blocks_kernel(format), _table(format)
+    run(blocks, format.scales, format.offsets, table, values, parts=1 + out.size // _PART)
 
 
 def _widen(values: Array, out: Array) -> None:
@@ -36,6 +36,12 @@ def _widen(values: Array, out: Array) -> None:
     else:
         with np.errstate(over="ignore", invalid="ignore"):  # float64 holds more
             np.copyto(out, values, casting="same_kind")
+
+
+@functools.cache
+def _table(format: Any) -> Array:
+    """The levels that codes stand for: 16, four times over."""
+    return np.tile(np.resize(np.array(format.table or (0,), np.int8), 16), 4).view(np.uint8)
 
 
 @functools.cache

@@ -10,8 +10,9 @@ thread, it does all of the work, and a result never depends on who did what.  ::
 
     add(x, y, parts=2)
 
-Threads take parts as they come: a counter tells which is next, and a kernel is over when all its parts are.  So a
-thread that the system starts late, or interrupts for a while, holds up no more than the part that it has taken.
+Each thread has a share of the parts and takes them one after the other, then helps the others, and a kernel is over
+when all its parts are.  So a thread that the system starts late, or interrupts for a while, holds up no more than the
+part that it has taken.  Threads that wait ask memory for what the next kernel streams.
 
 Calling a kernel from Python takes microseconds, and waking threads for it as many.  Where the same kernels follow each
 other on the same arrays again and again, as for each token that a model writes, they are recorded once::
@@ -59,13 +60,15 @@ class Kernel:
     def __repr__(self) -> str:
         return f"<kernel {self.name}>"
 
-    def __call__(self, *args: Any, parts: int = 1) -> None:
+    def __call__(self, *args: Any, parts: int = 1, streams: np.ndarray | None = None) -> None:
+        """Run.  `streams` is the array that the kernel reads from memory, if that is what takes its time."""
         program = _current.program
         if program is None and parts == 1:
             self.body(*args, 0, 1)
             return
         memory = np.empty(_ROOM, np.uint8)
-        call = np.array([[self._bind(memory.ctypes.data, *args), memory.ctypes.data, parts]], np.int64)
+        begin, size = (0, 0) if streams is None else (streams.ctypes.data, streams.nbytes)
+        call = np.array([[self._bind(memory.ctypes.data, *args), memory.ctypes.data, parts, begin, size]], np.int64)
         _run(call, min(parts, get_num_threads()))
         if program is not None:
             program.append(self, call, (memory, args))
@@ -86,7 +89,7 @@ class Program:
     """A sequence of kernel calls.  It keeps the arrays alive that they work on."""
 
     def __init__(self) -> None:
-        self._calls = np.empty((0, 3), np.int64)
+        self._calls = np.empty((0, 5), np.int64)
         self._kept: list[Any] = []
         self.kernels: list[Kernel] = []
 
@@ -145,12 +148,12 @@ class _Pool:
     def __init__(self) -> None:
         self._lock, self._reentrant, self.usable = threading.Lock(), False, True
 
-    def run(self, calls: np.ndarray, state: np.ndarray, threads: int) -> None:
+    def run(self, calls: np.ndarray, state: np.ndarray) -> None:
         if self._reentrant:
-            _work_together(calls, state, threads)
+            _work_together(calls, state)
             return
         with self._lock:
-            _work_together(calls, state, threads)
+            _work_together(calls, state)
             self._reentrant = numba.threading_layer() != "workqueue"
 
     def after_fork(self) -> None:
@@ -164,40 +167,79 @@ if hasattr(os, "register_at_fork"):
 
 
 def _run(calls: np.ndarray, threads: int) -> None:
-    state = np.zeros((1 + len(calls), 2, _LINE), np.int64)
-    if threads == 1 or not _pool.usable:
-        _work(calls, state, 1)
+    if not _pool.usable:
+        threads = 1
+    state = np.zeros((1 + len(calls), 1 + threads, _LINE), np.int64)
+    if threads == 1:
+        _work(calls, state, 0)
     else:
-        _pool.run(calls, state, threads)
+        _pool.run(calls, state)
     if state[0, 0, 0]:
         raise MemoryError("a kernel found no memory for its intermediate results")
 
 
 @compiled()
-def _work(calls, state, threads):  # type: ignore[no-untyped-def]
+def _work(calls, state, me):  # type: ignore[no-untyped-def]
     """Take parts of one call after the other, until all are done.  What fails is noted in state[0].
 
-    While threads take turns, each gets parts that follow each other: memory is faster in long pieces.
+    A thread begins with its own share of the parts, which follow each other, since memory is faster in long pieces;
+    then it helps the others.
     """
+    threads = state.shape[1] - 1
     for i in range(calls.shape[0]):
-        following, done, parts = state[1 + i, 0], state[1 + i, 1], calls[i, 2]
-        each = parts // threads
-        while True:
-            turn = _add_one(following)
-            if turn >= parts:
-                break
-            part = turn % threads * each + turn // threads if turn < each * threads else turn
-            if _call(calls[i, 0], calls[i, 1], part, parts):
-                state[0, 0, 0] = 1
-            _add_one(done)
-        while _load(done) < parts:
-            _pause()
+        done, parts = state[1 + i, threads], calls[i, 2]
+        for other in range(threads):
+            owner = (me + other) % threads
+            theirs, taken = share(parts, owner, threads), state[1 + i, owner]
+            while _load(taken) < len(theirs):
+                turn = _add_one(taken)
+                if turn >= len(theirs):
+                    break
+                if _call(calls[i, 0], calls[i, 1], theirs.start + turn, parts):
+                    state[0, 0, 0] = 1
+                _add_one(done)
+        _wait(done, parts, calls[i + 1 :], me, threads)
 
 
 @compiled(parallel=True)
-def _work_together(calls, state, threads):  # type: ignore[no-untyped-def]
-    for _ in numba.prange(threads):
-        _work(calls, state, threads)
+def _work_together(calls, state):  # type: ignore[no-untyped-def]
+    for thread in numba.prange(state.shape[1] - 1):
+        _work(calls, state, thread)
+
+
+@compiled()
+def _wait(done, parts, following, me, threads):  # type: ignore[no-untyped-def]
+    """Wait until so many parts are done, and meanwhile ask memory for what this thread streams next."""
+    asked, end = 0, 0
+    for i in range(following.shape[0]):
+        if following[i, 4]:
+            asked = following[i, 3] + following[i, 4] // threads * me
+            end = asked + min(following[i, 4] // threads, _EARLY)
+            break
+    while _load(done) < parts:
+        if asked < end:
+            for line in range(0, 1024, 64):
+                _prefetch(asked + line)
+            asked += 1024
+        else:
+            _pause()
+
+
+_EARLY = 1 << 19  # bytes to ask for: they wait in a core's second-level cache
+
+
+@intrinsic
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    """Ask for the cache line at an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        function_type = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+        builder.call(function, [builder.inttoptr(args[0], pointer), *(ir.Constant(i32, i) for i in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic

@@ -161,8 +161,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
             cell = cells.at(slot * 4).load(e.I32).to(e.I64)
             weights = _Weights(e, layout, packed, cell)
             cell_x = x.at(slot * (CELL * rows))
-            if rows < TARGET.rows and layout.bits < 8:  # bytes are read so fast that asking ahead is in the way
-                weights.prefetch(_AHEAD)
+            weights.prefetch(_AHEAD)
             products = [zeros] * rows
             for part in range(parts):
                 group_at = (slot * parts + part) * (4 * rows)
@@ -250,7 +249,8 @@ def _float_micro_kernel(layout: Layout, rows: int) -> Any:
 
 def by_size(make: Callable[[Any, int], Any], layout: Any) -> Any:
     """One njit function for the micro-kernels of all block sizes: run(size, arguments)."""
-    one, some, full = (make(layout, size) for size in BLOCKS)
+    one, *some, full = (make(layout, size) for size in BLOCKS)
+    few, many = some[0], some[-1]
 
     @generated(f"{make.__name__}-{layout}")
     def run(size, arguments):  # type: ignore[no-untyped-def]
@@ -258,8 +258,10 @@ def by_size(make: Callable[[Any, int], Any], layout: Any) -> Any:
             full(arguments)
         elif size == 1:
             one(arguments)
+        elif size == BLOCKS[1]:
+            few(arguments)
         else:
-            some(arguments)
+            many(arguments)
 
     return run
 

@@ -35,7 +35,7 @@ class Planes(NamedTuple):
     """(n, block / group) float32, or None where the format has no offsets."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one of each: compared, and hashed for caches, by identity
 class Format:
     """How one of GGUF's formats writes weights down.
 

@@ -20,7 +20,7 @@ from qattn.gguf_file import open as open_gguf
 from qattn.linear import Linear
 from qattn.models import architectures
 from qattn.models.config import ModelConfig
-from qattn.ops import Batch, Precision, parts_of
+from qattn.ops import Batch, Precision, dequantize, parts_of
 
 Array = np.ndarray[Any, Any]
 _CHUNK = 512  # tokens computed at once: enough for full speed, and few enough that what lies between layers stays small
@@ -213,7 +213,7 @@ class Decoder:
         if self._step is None or not self._step.fits(self, self._length):
             self._step = _Step(self, ids, self._length)
         else:
-            self._step.x[...] = np.asarray(self._embeddings[ids])
+            dequantize(self._embeddings[ids], out=self._step.x)
             self._step.places[0] = self._length
             self._step.program.replay()
         self._length += 1
