@@ -1,12 +1,16 @@
 """IQ1_M: IQ1_S with groups of 16 and a shift for each 8 weights; the f16 scale is the upper four bits of four words.
 
+Shifts are finer than groups here, so they are part of the level: digit ± 1/8, counted in eighths, an odd integer.
+
 Source: ggml's block_iq1_m.
 """
 
 from typing import Any
 
 from qattn.formats._registry import Format, register
-from qattn.formats.iq1_s import GRID, LEVELS
+from qattn.formats.iq1_s import GRID
+
+LEVELS = (-9, -7, -1, 1, 7, 9)
 
 
 def code(b: Any, i: int) -> Any:
