@@ -249,9 +249,7 @@ def store(kv: Array, cache: KVCache) -> None:
     rotate_and_store(kv, nothing, nothing, batch, False, cache, q)
 
 
-def rotate_and_store(
-    qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: KVCache, q: Array
-) -> None:
+def rotate_and_store(qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: KVCache, q: Array) -> None:
     """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cpu.rope`."""
     run = cpu_rope.rotate_and_store(cache.params.kind)
     run(qkv, cos, sin, batch, neox, cache.view(), cache.lengths, q, parts=parts_of(len(qkv)))

@@ -98,7 +98,7 @@ class Format:
     def split(self, blocks: Array) -> Planes:
         """Take (n, bytes) uint8 blocks apart.  Exact, and slow: kernels compile the snippets instead."""
         b = blocks.astype(np.int64).T
-        codes = np.stack([self.code(b, i) for i in range(self.block)], axis=-1)  # type: ignore[misc]
+        codes = np.stack([self.code(b, i) for i in range(self.block)], axis=-1, dtype=np.int64)  # type: ignore[misc]
         levels = np.array(self.table)[codes] if self.table else codes - self.zero
         scale = self._groups(b, self.scale_bits, self.scales, self.step)
         offset = self._groups(b, self.offset_bits, self.offsets, self.offset_step) if self.offset_bits else None

@@ -24,6 +24,4 @@ def code(b: Any, i: int) -> Any:
     return (((byte * _POWERS[digit]) & 255) * 3) >> 8
 
 
-register(
-    Format("TQ1_0", type_id=34, block=256, bytes=54, group=256, bits=2, code=code, zero=1, scale_bits=word_at(52))
-)
+register(Format("TQ1_0", type_id=34, block=256, bytes=54, group=256, bits=2, code=code, zero=1, scale_bits=word_at(52)))
