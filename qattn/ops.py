@@ -16,12 +16,13 @@ from qattn.cpu import attention as cpu_attention
 from qattn.cpu import dequantize as cpu_dequantize
 from qattn.cpu import matmul as cpu_matmul
 from qattn.cpu import rope as cpu_rope
-from qattn.cpu.activations import CELL, Activations, arrange, quantize
+from qattn.cpu.activations import Activations, arrange, quantize
 from qattn.cpu.kernel import is_recording
 from qattn.cpu.rope import Batch as Batch
 from qattn.cpu.target import TARGET
 from qattn.cpu.threads import get_num_threads
 from qattn.kv_cache import KVCache, KVCacheParams
+from qattn.layout import CELL
 from qattn.masks import Mask, MHAMaskVariant
 from qattn.packing import PackedMatrix
 from qattn.rope import RotaryEmbedding

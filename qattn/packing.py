@@ -13,9 +13,9 @@ import numpy as np
 from qattn import formats
 from qattn.array import QuantArray
 from qattn.cpu import pack as cpu
-from qattn.cpu.activations import CELL
-from qattn.cpu.matmul import Layout, Packed, wants_signed
+from qattn.cpu.matmul import wants_signed
 from qattn.cpu.simd import LANES
+from qattn.layout import CELL, Layout, Packed
 
 Array = np.ndarray[Any, Any]
 _PART = 1 << 18  # bytes of rows that are packed at once: they take far longer than waking a thread

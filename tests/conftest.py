@@ -1,6 +1,7 @@
 """Fixtures that several files use."""
 
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -32,3 +33,20 @@ def smollm2():
 def golden():
     """The folder of recorded values."""
     return GOLDEN
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """CuPy on a host with a GPU, elsewhere the emulator in its place."""
+    pytest.importorskip("numba_cuda", reason="kernels for GPUs are compiled by numba-cuda")
+    try:
+        import cupy
+
+        if cupy.is_available():
+            return cupy
+    except ImportError:
+        pass
+    from tests import emulated_cupy
+
+    monkeypatch.setitem(sys.modules, "cupy", emulated_cupy)
+    return emulated_cupy

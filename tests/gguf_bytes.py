@@ -51,9 +51,7 @@ def align(value, value_type=Value.UINT32):
 
 
 def two_tensors(first, second, size):
-    return file_of(
-        tensors=[tensor("a", (8,), offset=first), tensor("b", (8,), offset=second)], data=bytes(size)
-    )
+    return file_of(tensors=[tensor("a", (8,), offset=first), tensor("b", (8,), offset=second)], data=bytes(size))
 
 
 def write(folder, content, name="model.gguf"):

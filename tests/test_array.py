@@ -213,9 +213,7 @@ def test_concatenating_vectors_or_columns_gives_values():
     v, w = quantized(COLUMNS), quantized((2, COLUMNS))
     np.testing.assert_array_equal(np.concatenate([v, v]), np.tile(np.asarray(v), 2))
     np.testing.assert_array_equal(np.concatenate([w, w], axis=1), np.tile(np.asarray(w), (1, 2)))
-    np.testing.assert_array_equal(
-        np.concatenate([w, v], axis=None), np.r_[np.asarray(w).ravel(), np.asarray(v)]
-    )
+    np.testing.assert_array_equal(np.concatenate([w, v], axis=None), np.r_[np.asarray(w).ravel(), np.asarray(v)])
 
 
 def test_rows_of_different_lengths_are_not_stacked():
@@ -380,9 +378,7 @@ def test_repr_is_one_short_line():
     bytes_of = QuantArray(np.zeros((4096, 14336 // 32 * 18), np.uint8), "Q4_0")
     assert repr(bytes_of) == "QuantArray(shape=(4096, 14336), format='Q4_0', 4.50 bits/weight, 33.0 MB)"
     assert repr(quantized(COLUMNS, "F16")).endswith("16.00 bits/weight, 512 B)")
-    mixed = np.concatenate(
-        [quantized((4, COLUMNS)), quantized((4, COLUMNS), "Q8_0"), quantized((4, COLUMNS))]
-    )
+    mixed = np.concatenate([quantized((4, COLUMNS)), quantized((4, COLUMNS), "Q8_0"), quantized((4, COLUMNS))])
     expected = "QuantArray(shape=(12, 256), format='mixed' (Q4_0, Q8_0), 5.83 bits/weight, 2.2 kB)"
     assert repr(mixed) == expected
 

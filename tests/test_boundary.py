@@ -45,9 +45,7 @@ def test_array_on_a_gpu_is_told_that_there_is_no_backend():
 
 
 def test_array_on_an_unknown_device_is_named():
-    with pytest.raises(
-        errors.DeviceError, match="weights is on a device of DLPack type 8; copy it to the CPU"
-    ):
+    with pytest.raises(errors.DeviceError, match="weights is on a device of DLPack type 8; copy it to the CPU"):
         as_numpy(Device(8), "weights")
 
 

@@ -172,9 +172,7 @@ def test_ctrl_c_ends_politely(endless):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes")
 def test_a_closed_pipe_ends_quietly(endless):
-    process = in_another_process(
-        "generate", "h", "--model", endless, "--max-tokens", 90_000
-    )
+    process = in_another_process("generate", "h", "--model", endless, "--max-tokens", 90_000)
     process.stdout.read(1)
     process.stdout.close()
     assert process.wait(60) == 2

@@ -68,9 +68,7 @@ def test_tensor_is_a_view_of_the_mapping(small):
 
 
 def test_version_2_is_read(tmp_path):
-    content = file_of(
-        [entry("k", Value.INT8, b"\xff")], [tensor()], struct.pack("<4f", 1, 2, 3, 4), version=2
-    )
+    content = file_of([entry("k", Value.INT8, b"\xff")], [tensor()], struct.pack("<4f", 1, 2, 3, 4), version=2)
     model = gguf_file.open(write(tmp_path, content))
     assert model.metadata == {"k": -1}
     assert np.asarray(model["w"]).tolist() == [1, 2, 3, 4]
@@ -240,9 +238,7 @@ def split_part(number, count, name, value):
 
 def test_parts_of_a_split_model_open_as_one(tmp_path):
     for number in (2, 1, 0):
-        path = write(
-            tmp_path, split_part(number, 3, f"w{number}", number), f"m-{number + 1:05}-of-00003.gguf"
-        )
+        path = write(tmp_path, split_part(number, 3, f"w{number}", number), f"m-{number + 1:05}-of-00003.gguf")
     model = gguf_file.open(path)
     assert {name: np.asarray(w)[0] for name, w in model.items()} == {"w0": 0, "w1": 1, "w2": 2}
 

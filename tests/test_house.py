@@ -13,10 +13,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up; a file imports from its own floor or from those below.
 FLOORS = [
-    ("errors", "_check", "_backend", "_index"),
+    ("errors", "_check", "_backend", "_index", "_cache", "layout"),
     ("formats", "masks"),
     ("rope",),
-    ("cpu",),
+    ("cpu", "cuda"),
     ("gguf_strings", "gguf_header", "array"),
     ("gguf_file", "packing", "quantize", "kv_cache"),
     ("ops",),
@@ -62,10 +62,11 @@ def test_imports_point_down(path):
             assert floor <= FLOOR[mine], f"{path} imports {module}, which stands above it"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "cpu").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in ("cpu", "cuda")], ids=module_of)
 def test_kernels_know_no_format_mask_or_layer(path):
+    known = (f"qattn.{path.parent.name}", "qattn.errors", "qattn.layout", "qattn._cache")
     for module in imports(path):
-        assert not module.startswith("qattn.") or module.startswith(("qattn.cpu", "qattn.errors")), module
+        assert not module.startswith("qattn.") or module.startswith(known), module
 
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").glob("*.py"))], ids=lambda path: path.name)

@@ -76,9 +76,7 @@ def test_a_missing_extra_is_named_with_the_command(package, code):
 def test_a_broken_dependency_of_an_extra_is_not_called_missing(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_module")
     code = (
-        "from qattn.models import _extra\n"
-        "try:\n    _extra.require('broken')\n"
-        "except ImportError as error: print(error)"
+        "from qattn.models import _extra\ntry:\n    _extra.require('broken')\nexcept ImportError as error: print(error)"
     )
     assert python(code, PYTHONPATH=str(tmp_path)) == "No module named 'no_such_module'\n"
 

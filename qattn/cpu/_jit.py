@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
-from numba.misc.appdirs import AppDirs
 
+from qattn import _cache
 from qattn.cpu.target import TARGET
 
 _PACKAGE = Path(__file__).parent.parent
@@ -29,35 +28,12 @@ _KERNEL_SOURCES = ("cpu/*.py", "formats/*.py", "masks/*.py")
 
 @functools.cache
 def cache_directory() -> str | None:
-    """Where compiled kernels are kept: the first of three places that this user alone can write, or None.
-
-    ``NUMBA_CACHE_DIR``, then the user's cache directory, then a private folder among the temporary files.
-    """
+    """Where machine code is kept, or None: it depends on all kernels' sources, on what compiles them, and the CPU."""
     digest = hashlib.sha256(repr((numba.__version__, version("llvmlite"), TARGET)).encode())
     for pattern in _KERNEL_SOURCES:
         for source in sorted(_PACKAGE.glob(pattern)):
             digest.update(source.read_bytes())
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    roots = [
-        numba.config.CACHE_DIR,
-        AppDirs(appname="qattn", appauthor=False).user_cache_dir,
-        os.path.join(tempfile.gettempdir(), f"qattn-{user}"),
-    ]
-    for root in filter(None, roots):
-        path = os.path.join(root, "kernels-" + digest.hexdigest()[:16])
-        if _private(root) and _private(path):
-            return path
-    return None
-
-
-def _private(path: str) -> bool:
-    """Make a directory, and tell whether we can write it and nobody else owns it (its files are unpickled)."""
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-        return not hasattr(os, "getuid") or os.stat(path).st_uid == os.getuid()
-    except OSError:
-        return False
+    return _cache.directory(f"kernels-{digest.hexdigest()[:16]}")
 
 
 def compiled(key: str = "", kept: bool = True, **options: Any) -> Callable[[Callable[..., Any]], Any]:

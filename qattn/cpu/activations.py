@@ -19,8 +19,8 @@ from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.scratch import scratch
 from qattn.cpu.simd import Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
+from qattn.layout import CELL
 
-CELL = 32  # columns that share one activation scale
 # Rows of a block; few, since a kernel is compiled for each.
 BLOCKS = (1, 4, 8, TARGET.rows) if TARGET.rows > 4 else (1, 2, TARGET.rows)
 

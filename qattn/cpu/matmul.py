@@ -1,12 +1,7 @@
 """Activations times packed weights.
 
 One micro-kernel shape serves every format and any number of tokens: *R rows of activations, broadcast four bytes at a
-time, times a tile of 16 weight rows*, one weight row a lane.  A tile's codes lie in cells of 32 columns: a cell of
-``bits`` planes holds, for each quad of columns, 16 lanes of 4 codes, split into 4-, 2- and 1-bit planes::
-
-    quad q of a 4-bit plane   bits 4(q & 1) … +3 of byte (q >> 1) · 64 + 4 · lane + column
-    quad q of a 2-bit plane   bits 2(q & 3) … +1 of byte (q >> 2) · 64 + …
-    quad q of a 1-bit plane   bit q of byte …
+time, times a tile of 16 weight rows*, one weight row a lane.  `qattn.layout` says how a tile's codes lie.
 
 Activations are rounded to int8 with one scale per 32 columns, see `qattn.cpu.activations`.  For a cell,
 
@@ -23,63 +18,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from qattn.cpu._jit import generated
-from qattn.cpu.activations import BLOCKS, CELL, block_size
+from qattn.cpu.activations import BLOCKS, block_size
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
-
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-
-
-class Layout(NamedTuple):
-    """What a kernel must know of packed weights.  No format's name is in it."""
-
-    bits: int
-    """Bits of a code; 16 or 32 for weights that stay floats."""
-    table: bool = False
-    """Codes index a table of levels, else they are levels plus a zero point."""
-    group: int = CELL
-    """Columns that share a scale."""
-    base_group: int = CELL
-    """Columns that share a base scale."""
-    base: str = "f16"
-    """What a base scale is stored as, or a float weight: "f16", "bf16", "f32"."""
-    step: bool = False
-    """scale = base · step, with an int8 step for each group."""
-    offset: bool = False
-    """There is an offset for each group, built like the scale."""
-    zero: int = 0
-    """The code of level 0."""
-    signed: bool = False
-    """Codes of 8 bits are signed, since the machine's dot product wants them so."""
-
-    def name(self) -> str:
-        """A name for caches, unique and fit for a file."""
-        return "-".join(str(int(field) if isinstance(field, bool) else field) for field in self)
-
-
-class Packed(NamedTuple):
-    """The arrays of packed weights, for `tiles` of 16 rows and K columns."""
-
-    codes: np.ndarray
-    """(tiles, K / 32, 64 · bits) uint8; for float weights (tiles, K, 16)."""
-    scales: np.ndarray
-    """(tiles, K / base_group, 16) float16 or bfloat16 as uint16, or float32."""
-    steps: np.ndarray
-    """(tiles, K / group, 16) int8; empty if the layout has no steps."""
-    offsets: np.ndarray
-    offset_steps: np.ndarray
-    table: np.ndarray
-    """64 bytes: the levels plus the zero point, four times over."""
-    targets: np.ndarray
-    """(rows,) int32: which rows of the whole matrix these are, and so which columns of the product they give."""
-    rows: int
-
+from qattn.layout import CELL, PLANES, Layout
 
 # ---------------------------------------------------------------------------------------------- the micro-kernel
 

@@ -9,10 +9,9 @@ import numba
 import numpy as np
 
 from qattn.cpu._jit import generated
-from qattn.cpu.activations import CELL
 from qattn.cpu.kernel import Kernel, kernel, share
-from qattn.cpu.matmul import PLANES, Layout, Packed
 from qattn.cpu.simd import LANES
+from qattn.layout import CELL, PLANES, Layout, Packed
 
 Array = np.ndarray[Any, Any]
 

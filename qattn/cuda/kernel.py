@@ -1,0 +1,143 @@
+"""Kernels: functions that Numba compiles to PTX, and CuPy loads and launches.
+
+A kernel is written for one thread, with a signature of element types, a star for a pointer::
+
+    @kernel("f32* f32* i32")
+    def double(x, out, n):
+        i = cuda.grid(1)
+        if i < n:
+            out[i] = x[i] + x[i]
+
+    double(x, out, len(x), grid=4, block=256)
+
+Arguments are CuPy arrays, numbers, and None for a null pointer.  A launch goes to CuPy's current device and stream and
+waits for nothing.  PTX is made for compute capability 8.0, which newer GPUs run too, so it needs no GPU to be made and
+is kept on disk.
+
+What Numba makes of a kernel is good if loop counters are int32 and run in a ``while``, or in a ``range`` of constants,
+which is unrolled; if indices of shared and local arrays are uint32 or constants; and if constants are float32.
+Functions that kernels call are made by `device`, and become part of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import cuda, types
+
+from qattn import _cache
+
+CAPABILITY = (8, 0)  # the oldest that has the instructions of `qattn.cuda.ptx`
+_SOURCES = ("cuda/*.py", "formats/*.py", "masks/*.py")
+_TYPES = {
+    "u8": types.uint8,
+    "i8": types.int8,
+    "u16": types.uint16,  # float16 and bfloat16 as well
+    "i32": types.int32,
+    "u32": types.uint32,
+    "i64": types.int64,
+    "f32": types.float32,
+}
+_STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that need no asking for
+
+device = functools.partial(cuda.jit, device=True, inline="always")
+
+
+class Kernel:
+    """A function for one thread, compiled when it is first needed."""
+
+    def __init__(self, function: Callable[..., None], signature: str, key: str) -> None:
+        self.name = "_".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
+        self._function, self._types = function, signature.split()
+        self._lock = threading.Lock()
+        self._loaded: dict[tuple[int, int], Any] = {}
+
+    def __repr__(self) -> str:
+        return f"<CUDA kernel {self.name}>"
+
+    @functools.cached_property
+    def ptx_file(self) -> Path:
+        """Where the PTX lies."""
+        path = Path(_ptx_directory(), f"{self.name}.ptx")
+        if not path.exists():
+            _cache.write(path, _renamed(self._compile(), self.name))
+        return path
+
+    @property
+    def ptx(self) -> str:
+        """The PTX, with the kernel's own name as its only entry."""
+        return self.ptx_file.read_text()
+
+    def _compile(self) -> str:
+        arguments = [types.CPointer(_TYPES[name[:-1]]) if name[-1] == "*" else _TYPES[name] for name in self._types]
+        options = {"device": False, "abi": "numba", "output": "ptx", "fastmath": True}
+        ptx, _ = cuda.compile(self._function, types.void(*arguments), cc=CAPABILITY, **options)
+        return str(ptx)
+
+    def __call__(self, *args: Any, grid: int | Sequence[int], block: int | Sequence[int], shared: int = 0) -> None:
+        """Launch `grid` blocks of `block` threads, up to three axes each, with bytes of dynamic shared memory."""
+        if len(args) != len(self._types):
+            raise TypeError(f"{self!r} takes {len(self._types)} arguments; got {len(args)}")
+        grid = (grid,) if isinstance(grid, int) else tuple(grid)
+        block = (block,) if isinstance(block, int) else tuple(block)
+        if 0 in grid:
+            return
+        function = self._function_for(shared)
+        function(grid, block, tuple(map(_argument, self._types, args)), shared_mem=shared)
+
+    def _function_for(self, shared: int) -> Any:
+        """The loaded kernel on the current device."""
+        import cupy
+
+        place = (cupy.cuda.Device().id, shared)
+        if place not in self._loaded:
+            with self._lock:
+                function = cupy.RawModule(path=str(self.ptx_file)).get_function(self.name)
+                if shared > _STATIC_SHARED:
+                    function.max_dynamic_shared_size_bytes = shared
+                self._loaded[place] = function
+        return self._loaded[place]
+
+
+def kernel(signature: str, key: str = "") -> Callable[[Callable[..., None]], Kernel]:
+    """Make a kernel of a function; `key` is what it was generated for: letters, digits and underscores."""
+    return lambda function: Kernel(function, signature, key)
+
+
+def _argument(type_: str, value: Any) -> Any:
+    if type_[-1] != "*":
+        return np.dtype(str(_TYPES[type_])).type(value)
+    if value is None:
+        return np.uint64(0)
+    size = _TYPES[type_[:-1]].bitwidth // 8
+    if value.dtype.itemsize != size or not value.flags.c_contiguous:
+        raise TypeError(f"a kernel wants a C-contiguous array of {type_[:-1]}; got {value.dtype}{value.shape}")
+    return value
+
+
+def _renamed(ptx: str, name: str) -> str:
+    """PTX with a readable name instead of the mangled one of its only entry."""
+    found = re.search(r"\.visible \.entry (\w+)\(", ptx)
+    if found is None:
+        raise RuntimeError(f"Numba made no kernel of {name}")
+    # Nothing in it is newer than 7.1, and drivers refuse versions that are newer than they.
+    return re.sub(r"^\.version .*", ".version 7.1", ptx.replace(found[1], name), flags=re.MULTILINE)
+
+
+@functools.cache
+def _ptx_directory() -> str:
+    """Where PTX is kept: it depends on all kernels' sources, and on what compiles them."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256(repr((version("numba-cuda"), version("nvidia-nvvm"), CAPABILITY)).encode())
+    for pattern in _SOURCES:
+        for source in sorted(package.glob(pattern)):
+            digest.update(source.read_bytes())
+    return _cache.directory(f"ptx-{digest.hexdigest()[:16]}") or _cache.temporary()
