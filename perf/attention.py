@@ -1,4 +1,4 @@
-"""Attention alone, `qattn.ops.attend` over a KV cache: prefill of 512 tokens, and decode behind long contexts.
+"""Attention alone, `qattn.backends.cpu.attend` over a KV cache: prefill of 512 tokens, and decode behind long contexts.
 
 Operations are those of the two products, over the pairs that a causal mask leaves: 4 · head_dim for each pair and head.
 What binds is either those (in bfloat16 for that cache, else in float32) or reading K and V once; the share is that of
@@ -14,7 +14,8 @@ import roofline
 from cases import Shape, gaussian, random_cache
 
 import qattn
-from qattn import masks, ops
+from qattn import masks
+from qattn.backends import cpu
 
 CASES = {
     "prefill 512 @ 0": (512, 0),
@@ -31,7 +32,7 @@ def measure(case: str, shape: Shape, dtype: str, args) -> harness.Row:  # type: 
     caches = [random_cache(params, depth + tokens) for _ in range(harness.copies(kv_bytes))]
     q, offsets, mask = gaussian(tokens, shape.heads, shape.head_dim), np.array([0, tokens]), masks.get("causal")
     scale = shape.head_dim**-0.5
-    call = harness.in_turn(caches, lambda cache: ops.attend(q, cache, offsets, mask, scale, exact=args.exact))
+    call = harness.in_turn(caches, lambda cache: cpu.attend(q, cache, offsets, mask, scale, exact=args.exact))
     time = harness.measure(call, args.rounds)
     operations = shape.attention_ops(tokens, depth)
     kind = "bf16" if dtype == "bfloat16" and not args.exact else "f32"

@@ -24,8 +24,8 @@ import roofline
 from cases import Shape, gaussian, layer_bytes, random_cache, random_layer, write_llama
 
 import qattn
-from qattn import ops
 from qattn.attention import _batch
+from qattn.backends import cpu
 
 SHAPE = Shape()
 STAGES = ("project", "rope+store", "attend", "output")
@@ -86,6 +86,7 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
     cache.lengths[:] = depth
     offsets = np.array([0, len(x)])
     batch = _batch(cache, offsets)
+    tables = layer.rope.table(depth + len(x))
     times = [time.perf_counter()]
 
     def clock(call: Callable[[], Any]) -> Any:
@@ -93,9 +94,9 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
         times.append(time.perf_counter())
         return result
 
-    qkv = clock(lambda: layer._project(x))
-    q = clock(lambda: layer._rotate_and_store(qkv, cache, batch))
-    heads, _ = clock(lambda: ops.attend(q, cache, offsets, layer.mask, layer.scale, exact=False))
+    qkv = clock(lambda: layer._project(x, cpu))
+    q = clock(lambda: layer._rotate_and_store(qkv, cache, batch, tables, cpu))
+    heads, _ = clock(lambda: cpu.attend(q, cache, offsets, layer.mask, layer.scale, exact=False))
     clock(lambda: layer.o_proj(heads.reshape(len(x), -1)))
     return list(np.diff(times))
 

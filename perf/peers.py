@@ -27,7 +27,8 @@ import numpy as np
 from cases import Shape, gaussian, random_cache, random_weights, write_llama
 
 import qattn
-from qattn import masks, ops
+from qattn import masks
+from qattn.backends import cpu
 from qattn.models import fetch
 
 LAYERS = 4
@@ -128,7 +129,7 @@ def _attention(tokens: int, depth: int, kinds: dict[str, Any]) -> Calls:
     copies = range(harness.copies(params.bytes_per_token * keys))
     q, scale = gaussian(tokens, shape.heads, shape.head_dim), shape.head_dim**-0.5
     caches = [random_cache(params, keys) for _ in copies]
-    calls: Calls = {"qattn": harness.in_turn(caches, lambda c: ops.attend(q, c, offsets, mask, scale, exact=False))}
+    calls: Calls = {"qattn": harness.in_turn(caches, lambda c: cpu.attend(q, c, offsets, mask, scale, exact=False))}
     for peer, kind in kinds.items():
         y = torch.from_numpy(q).transpose(0, 1)[None].to(kind).contiguous()
         kv = [torch.randn(2, 1, shape.kv_heads, keys, shape.head_dim).to(kind) for _ in copies]

@@ -20,6 +20,43 @@ def is_cupy(x: Any) -> bool:
     return cupy is not None and isinstance(x, cupy.ndarray)
 
 
+def device_of(x: Any) -> str:
+    """Where an array is: "cpu", or "cuda:" and the number of a GPU."""
+    return f"cuda:{x.device.id}" if is_cupy(x) else "cpu"
+
+
+def namespace(x: Any) -> Any:
+    """The library that owns an array: NumPy or CuPy."""
+    return sys.modules["cupy"] if is_cupy(x) else np
+
+
+def as_array(x: Any, name: str = "x") -> Any:
+    """View `x` as a NumPy array, or as a CuPy array if it is on an NVIDIA GPU, without a copy where that can be.
+
+    Whoever has an array on a GPU may have it from any library with ``__dlpack__`` or ``__cuda_array_interface__``.
+
+    Raises
+    ------
+    DeviceError
+        `x` is on a GPU and CuPy is not installed, or it is on another kind of device.
+    """
+    if isinstance(x, np.ndarray) or is_cupy(x):
+        return x
+    if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x) in _CUDA_DEVICES:
+        try:
+            import cupy
+        except ImportError:
+            raise DeviceError(f"{name} is on a GPU, and CuPy is not installed: pip install 'qattn[cuda]'") from None
+        return cupy.asarray(x) if hasattr(x, "__cuda_array_interface__") else cupy.from_dlpack(x)
+    return as_numpy(x, name)
+
+
+def as_host(x: Any, name: str = "x") -> np.ndarray[Any, Any]:
+    """A NumPy array, copied if it is on a GPU: for what the host has to know, such as offsets and positions."""
+    x = as_array(x, name)
+    return sys.modules["cupy"].asnumpy(x) if is_cupy(x) else x  # type: ignore[no-any-return]
+
+
 def as_numpy(x: Any, name: str = "x") -> np.ndarray[Any, Any]:
     """View `x` as a NumPy array, without a copy where its owner allows that.
 
@@ -33,16 +70,14 @@ def as_numpy(x: Any, name: str = "x") -> np.ndarray[Any, Any]:
 
     Raises
     ------
-    NotImplementedError
-        `x` is on an NVIDIA GPU.
     DeviceError
-        `x` is on another kind of device.
+        `x` is on a GPU, or another kind of device.
     """
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) and not is_cupy(x):
         return x
     device = _dlpack_device(x)
     if is_cupy(x) or device in _CUDA_DEVICES:
-        raise NotImplementedError(f"{name} is on a GPU, and there is no CUDA backend yet; copy it to the CPU")
+        raise DeviceError(f"{name} is on a GPU, and is needed on the CPU: cupy.asnumpy(...) copies it")
     if device is not None and device not in _HOST_DEVICES:
         raise DeviceError(f"{name} is on a device of DLPack type {device}; copy it to the CPU")
     if not hasattr(x, "__array__") and hasattr(x, "__dlpack__"):

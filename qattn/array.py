@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from qattn import formats
-from qattn._backend import as_numpy
+from qattn import devices, formats
+from qattn._backend import as_array, as_numpy, device_of, namespace
 from qattn._index import as_slice, row_keys
-from qattn.errors import FormatError
+from qattn.errors import DeviceError, FormatError
 
 Array = np.ndarray[Any, Any]
 
@@ -56,18 +56,19 @@ class QuantArray(NDArrayOperatorsMixin):
 
     def __init__(self, data: Any, format: str) -> None:
         fmt = formats.get(format)
-        data = as_numpy(data, "data")
+        data = as_array(data, "data")
         if data.dtype != np.uint8 or data.ndim < 1:
             raise ValueError(f"data is {data.dtype.name} {data.shape}; expected uint8 (..., row_bytes)")
         row_bytes = data.shape[-1]
         if row_bytes % fmt.bytes:
             raise FormatError(f"data has rows of {row_bytes} bytes; {format} has blocks of {fmt.bytes}")
         if data.strides[-1] != 1 and row_bytes > 1:
-            data = np.ascontiguousarray(data)
+            data = namespace(data).ascontiguousarray(data)
         self._format = fmt
         self.cached: Any = None  # the packed form, which the engine makes when it is first needed
         self._data: Array = data.view()
-        self._data.flags.writeable = False
+        if isinstance(data, np.ndarray):  # CuPy's arrays can't be protected
+            self._data.flags.writeable = False
         self._parts: tuple[QuantArray, ...] = ()  # of a stacked array; itself here would be a cycle
         self.shape: tuple[int, ...] = (*data.shape[:-1], row_bytes // fmt.bytes * fmt.block)
 
@@ -78,6 +79,9 @@ class QuantArray(NDArrayOperatorsMixin):
         if any(array.ndim < 2 or array.shape[1:] != columns for array in arrays):
             shapes = ", ".join(str(array.shape) for array in arrays)
             raise ValueError(f"can't stack rows of shapes {shapes}; only the first axis may differ")
+        places = sorted({array.device for array in arrays})
+        if len(places) > 1:
+            raise DeviceError(f"can't stack rows that are on {' and '.join(places)}")
         parts = tuple(part for array in arrays for part in array.parts if len(part))
         if len(parts) < 2:
             return parts[0] if parts else arrays[0]
@@ -128,6 +132,26 @@ class QuantArray(NDArrayOperatorsMixin):
         return sum(int(part._data.nbytes) for part in self.parts)
 
     @property
+    def device(self) -> str:
+        """Where the bytes are: "cpu", "cuda:0", …"""
+        return device_of(self.parts[0]._data)
+
+    def to(self, device: str) -> QuantArray:
+        """The same weights on another device; itself if they are there.
+
+        Raises
+        ------
+        DeviceError
+            If the device can't be used.
+        """
+        device = devices.resolve(device)
+        if device == self.device:
+            return self
+        with devices.current(device):
+            copies = [QuantArray(devices.copied(part._data, device), part._format.name) for part in self.parts]
+        return QuantArray.stack(copies) if self._parts else copies[0]
+
+    @property
     def bits_per_weight(self) -> float:
         """The bits that one weight takes, scales included."""
         if self.size:
@@ -149,7 +173,8 @@ class QuantArray(NDArrayOperatorsMixin):
         names = self._format_names()
         form = repr(names[0]) if len(names) == 1 else f"'mixed' ({', '.join(names)})"
         bits, size = f"{self.bits_per_weight:.2f} bits/weight", _bytes(self.nbytes)
-        return f"QuantArray(shape={self.shape}, format={form}, {bits}, {size})"
+        where = "" if self.device == "cpu" else f", device={self.device!r}"
+        return f"QuantArray(shape={self.shape}, format={form}, {bits}, {size}{where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._parts:
@@ -198,6 +223,8 @@ class QuantArray(NDArrayOperatorsMixin):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         """Dequantize to a new array; format F32 gives a read-only view, where its place in memory allows."""
+        if self.device != "cpu":
+            raise TypeError(f"the weights are on {self.device}, and NumPy can't read them there; use .to('cpu')")
         values = self._float32_view()
         wanted = np.dtype(np.float32 if dtype is None else dtype)
         if copy is False and (values is None or wanted != values.dtype):
@@ -282,7 +309,7 @@ def _product(x: Any, w: Any, out: Any = None) -> Any:
 
 def _operand(x: Any, name: str) -> Array:
     """Return a factor as a NumPy array of floats."""
-    values = np.asarray(x) if isinstance(x, (QuantArray, Transposed)) else as_numpy(x, name)
+    values = _dequantized(x) if isinstance(x, (QuantArray, Transposed)) else as_array(x, name)
     return values.astype(np.float32) if values.dtype.kind in "biu" else values
 
 
@@ -347,11 +374,21 @@ def _quantized(x: Any) -> QuantArray:
     return QuantArray(np.ascontiguousarray(values, dtype).view(np.uint8), name)
 
 
+def _dequantized(x: QuantArray | Transposed) -> Any:
+    """The values, where the weights are."""
+    array = x.T if isinstance(x, Transposed) else x
+    if array.device == "cpu":
+        return np.asarray(x)
+    values = _engine.dequantize(array)
+    return values.T if array is not x else values
+
+
 def _values(x: Any) -> Any:
     """Dequantize an argument, or what of a list or tuple is quantized."""
     if isinstance(x, (QuantArray, Transposed)):
-        values = np.asarray(x)
-        values.flags.writeable = False  # so that writing into a QuantArray fails rather than gets lost
+        values = _dequantized(x)
+        if isinstance(values, np.ndarray):
+            values.flags.writeable = False  # so that writing into a QuantArray fails rather than gets lost
         return values
     if type(x) in (list, tuple):
         return type(x)(map(_values, x))

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qattn import _check, architectures, formats, ops
-from qattn._backend import as_numpy
+from qattn import _check, architectures, backends, devices, formats, ops
+from qattn._backend import as_array, as_host, as_numpy, device_of, namespace
 from qattn.array import QuantArray
-from qattn.cpu.scratch import scratch
 from qattn.errors import CacheError, DeviceError, GGUFError
 from qattn.gguf_file import GGUFFile
 from qattn.gguf_file import open as open_gguf
@@ -41,7 +40,7 @@ class AttentionWithRope:
     dtype
         Of the weights: float32 or float16.
     devices : sequence of str, optional
-        ``["cpu"]`` is what there is.
+        ``["cpu"]``, or the GPU whose memory holds the weights and the cache: ``["cuda:0"]``, see `qattn.devices`.
     linear_cls : type
         Makes the output projection: ``linear_cls(weights, bias, precision=...)``.
     scale : float, optional
@@ -58,8 +57,10 @@ class AttentionWithRope:
     ------
     ValueError
         For a parameter that does not fit, named.
+    DeviceError
+        If a device can't be used, with what is missing.
     NotImplementedError
-        For a mask or a device that is not there.
+        For a mask that is not there, or several devices.
     """
 
     def __init__(
@@ -102,15 +103,16 @@ class AttentionWithRope:
             raise ValueError(f"scale is {scale}; expected a finite number")
         _check.choice("precision", precision, ops.PRECISIONS)
         self._check_dtype(np.dtype(dtype))
-        _check_devices(devices)
+        self.device = _one_device(devices)
+        """Where weights and cache are, and where `x` must be: "cpu", "cuda:0", …"""
         self.rope = rope
         self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
         self.hidden_size, self.kv_params, self.dtype = hidden_size, kv_params, np.dtype(dtype)
-        self.devices = ["cpu"]
+        self.devices = [self.device]
         self.linear_cls, self.has_bias, self.clip_qkv = linear_cls, has_bias, clip_qkv
         self.scale = kv_params.head_dim**-0.5 if scale is None else float(scale)
         self.mask_variant, self.mask, self.precision = mask_variant, get_mask(mask_variant), precision
-        self.kv_cache = KVCache(kv_params)
+        self.kv_cache = KVCache(kv_params, device=self.device)
         """The layer's own cache, which a call without `kv_cache` continues."""
         self._wqkv: QuantArray | None = None
         self._bias: Array | None = None
@@ -168,8 +170,11 @@ class AttentionWithRope:
         bias = self._stack_biases(state, wanted)
         if self.clip_qkv is not None:
             wqkv = _clipped(wqkv, self.clip_qkv)
-        self.o_proj = self.linear_cls(wo, state.get("o_proj.bias"), precision=self.precision)
-        self._wqkv, self._bias, self._qkv_proj = wqkv, bias, PackedMatrix(wqkv)
+        wqkv_packed = PackedMatrix(wqkv).to(self.device)
+        packed_wo = PackedMatrix(wo).to(self.device) if self.linear_cls is Linear else wo
+        self.o_proj = self.linear_cls(packed_wo, state.get("o_proj.bias"), precision=self.precision)
+        self._wqkv, self._qkv_proj = wqkv, wqkv_packed
+        self._bias = bias if bias is None else devices.asarray(bias, self.device)
 
     def _projection_rows(self) -> tuple[int, int, int]:
         p = self.kv_params
@@ -231,7 +236,10 @@ class AttentionWithRope:
         Raises
         ------
         ValueError
-            For a wrong shape, or NaN or infinity in `x`.
+            For a wrong shape, or NaN or infinity in `x`; on a GPU, where looking for them would make the host wait,
+            they give NaN instead.
+        DeviceError
+            If `x` or the cache is elsewhere than the layer.
         CacheError
             If a sequence outgrows the cache.  The cache is as it was.
         """
@@ -240,24 +248,38 @@ class AttentionWithRope:
         batch = _batch(cache, offsets)
         if positions is not None:
             batch = batch._replace(angles=ops.token_positions(positions, len(x)))
-        cache.reserve(cache.lengths + np.diff(offsets))
-        return self.forward(x, cache, batch)
+        lengths = cache.lengths + np.diff(offsets)
+        cache.reserve(lengths)
+        tables = self.rope.table(int(batch.angles.max(initial=-1)) + 1, self.device)
+        out = self.forward(x, cache, ops.Batch(*(devices.asarray(a, self.device) for a in batch)), tables)
+        cache.note(lengths)
+        return out
 
-    def forward(self, x: Array, cache: KVCache, batch: ops.Batch) -> Array:
-        """The steps of a call, without its checks: x (tokens, hidden_size) float32, for which the cache has room."""
-        qkv = self._project(x)
-        q = self._rotate_and_store(qkv, cache, batch)
+    def forward(self, x: Array, cache: KVCache, batch: ops.Batch, tables: tuple[Array, Array]) -> Array:
+        """The steps of a call, without its checks.
+
+        x : (tokens, hidden_size) float32, for which the cache has room
+        batch : where they belong, on the layer's device
+        tables : cosines and sines for all of the batch's angles
+        """
+        backend = backends.of(x)
+        qkv = self._project(x, backend)
+        q = self._rotate_and_store(qkv, cache, batch, tables, backend)
         size = self.num_attention_heads * self.kv_params.values
-        heads = scratch("heads", (len(x), self.num_attention_heads, self.kv_params.values))
+        heads = backend.scratch("heads", (len(x), self.num_attention_heads, self.kv_params.values))
         exact = self.precision == "exact"
-        ops.attend(q, cache, batch.row_offsets, self.mask, self.scale, exact=exact, out=heads)
+        backend.attend(q, cache, batch.row_offsets, self.mask, self.scale, exact=exact, out=heads)
         return self.o_proj(heads.reshape(len(x), size))  # type: ignore[misc]
 
     def _check_input(self, x: Any, cache: KVCache, row_offsets: Any) -> tuple[Array, Array]:
         _ = self.wqkv  # an error if there are no weights
-        x = np.ascontiguousarray(as_numpy(x, "x"), np.float32)
+        x = as_array(x, "x")
+        for what, device in (("x is", device_of(x)), ("kv_cache is", cache.device)):
+            if device != self.device:
+                raise DeviceError(f"{what} on {device}, the layer on {self.device}; both must be on the same")
+        x = namespace(x).ascontiguousarray(x, np.float32)
         _check.shape("x", x, ("tokens", self.hidden_size))
-        if not np.isfinite(x).all():
+        if self.device == "cpu" and not np.isfinite(x).all():
             token, column = np.argwhere(~np.isfinite(x))[0]
             raise ValueError(f"x[{token}, {column}] is {x[token, column]}; attention needs finite numbers")
         mine, its = self.kv_params, cache.params
@@ -269,24 +291,25 @@ class AttentionWithRope:
                     f"kv_cache has {cache.sequences} sequences; row_offsets must say which tokens are whose"
                 )
             return x, np.array([0, len(x)])
-        offsets = np.asarray(as_numpy(row_offsets, "row_offsets"))
+        offsets = as_host(row_offsets, "row_offsets")
         _check.shape("row_offsets", offsets, (cache.sequences + 1,))
         offsets = offsets.astype(np.int64)
         if offsets[0] != 0 or offsets[-1] != len(x) or (np.diff(offsets) < 0).any():
             raise ValueError(f"row_offsets is {offsets.tolist()}; expected to rise from 0 to {len(x)}, the tokens of x")
         return x, offsets
 
-    def _project(self, x: Array) -> Array:
+    def _project(self, x: Array, backend: Any) -> Array:
         """x → q, k and v side by side, (tokens, outputs) float32."""
-        qkv = scratch("qkv", (len(x), sum(self._projection_rows())))
+        qkv = backend.scratch("qkv", (len(x), sum(self._projection_rows())))
         return ops.affine(x, self._qkv_proj, self._bias, out=qkv, precision=self.precision)  # type: ignore[arg-type]
 
-    def _rotate_and_store(self, qkv: Array, cache: KVCache, batch: ops.Batch) -> Array:
+    def _rotate_and_store(
+        self, qkv: Array, cache: KVCache, batch: ops.Batch, tables: tuple[Array, Array], backend: Any
+    ) -> Array:
         """Rotate q and k, append k and v to the cache, and return q: (tokens, heads, head_dim) float32."""
-        cos, sin = self.rope.table(int(batch.angles.max(initial=-1)) + 1)
-        q = scratch("q", (len(qkv), self.num_attention_heads, self.kv_params.head_dim))
-        ops.rotate_and_store(qkv, cos, sin, batch, self.rope.neox, cache, q)
-        return q
+        q = backend.scratch("q", (len(qkv), self.num_attention_heads, self.kv_params.head_dim))
+        backend.rotate_and_store(qkv, *tables, batch, self.rope.neox, cache, q)
+        return q  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         """Forget the tokens in the layer's own cache."""
@@ -297,7 +320,7 @@ class AttentionWithRope:
         weights = self._wqkv.format if self._wqkv is not None else "no weights"
         return (
             f"{type(self).__name__}(hidden_size={self.hidden_size}, heads={self.num_attention_heads}/{p.n_kv_heads}, "
-            f"head_dim={p.head_dim}, wqkv={weights}, {self.rope!r}, cache={p.dtype})"
+            f"head_dim={p.head_dim}, wqkv={weights}, {self.rope!r}, cache={p.dtype}, device={self.device!r})"
         )
 
 
@@ -347,6 +370,7 @@ class GGUFQAttentionWithRope(AttentionWithRope):
         precision: ops.Precision = "int8",
         cache_dtype: str = "bfloat16",
         max_length: int | None = None,
+        device: str | None = None,
     ) -> GGUFQAttentionWithRope:
         """The attention of one layer of a GGUF file.
 
@@ -356,17 +380,22 @@ class GGUFQAttentionWithRope(AttentionWithRope):
         layer : int
         cache_dtype, max_length
             Of the layer's own cache: see `KVCacheParams`.
+        device : str, optional
+            Where the layer computes; that of the file, unless said otherwise.
 
         Raises
         ------
+        DeviceError
+            If the device can't be used.
         GGUFError
             If tensors or metadata are missing.
         NotImplementedError
             If the architecture is not supported.
         """
         if not isinstance(model, GGUFFile):
+            options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
             with open_gguf(model) as opened:
-                return cls.from_gguf(opened, layer, precision=precision, cache_dtype=cache_dtype, max_length=max_length)
+                return cls.from_gguf(opened, layer, device=device, **options)
         config = architectures.describe(model, layer)
         state = _layer_tensors(model, layer)
         attention = cls(
@@ -377,6 +406,7 @@ class GGUFQAttentionWithRope(AttentionWithRope):
             kv_params=KVCacheParams(
                 config.num_key_value_heads, config.head_dim, config.value_dim, dtype=cache_dtype, max_length=max_length
             ),
+            devices=[device or model.device],
             scale=config.scale,
             has_bias=any(name in state for name in ("q_proj.bias", "qkv_proj.bias")),
             mask_variant=config.mask_variant,
@@ -400,9 +430,9 @@ def _layer_tensors(model: GGUFFile, layer: int) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for theirs, ours in _GGUF_NAMES.items():
         for kind in ("weight", "bias"):
-            tensor = model.get(f"blk.{layer}.{theirs}.{kind}")
-            if tensor is not None:
-                state[f"{ours}.{kind}"] = tensor
+            name = f"blk.{layer}.{theirs}.{kind}"
+            if name in model:
+                state[f"{ours}.{kind}"] = model.mapped(name)
     needed = ["attn_output"] if "qkv_proj.weight" in state else ["attn_q", "attn_k", "attn_v", "attn_output"]
     missing = [f"blk.{layer}.{name}.weight" for name in needed if f"{_GGUF_NAMES[name]}.weight" not in state]
     if missing:
@@ -410,14 +440,11 @@ def _layer_tensors(model: GGUFFile, layer: int) -> dict[str, Any]:
     return state
 
 
-def _check_devices(devices: Iterable[str] | None) -> None:
-    for device in devices or ():
-        if str(device).startswith("cuda"):
-            raise NotImplementedError(
-                f"devices names {device!r}, and there is no CUDA backend yet; leave it out, or 'cpu'"
-            )
-        if str(device) != "cpu":
-            raise DeviceError(f"devices names {device!r}; expected 'cpu'")
+def _one_device(names: Iterable[str] | None) -> str:
+    resolved = [devices.resolve(name) for name in names or ["cpu"]]
+    if len(set(resolved)) > 1:
+        raise NotImplementedError(f"devices are {', '.join(resolved)}; a layer on several devices is not implemented")
+    return resolved[0]
 
 
 def _batch(cache: KVCache, offsets: Array) -> ops.Batch:

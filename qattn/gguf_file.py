@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf.constants import Keys
 
-from qattn import formats
+from qattn import devices, formats
 from qattn.array import QuantArray
 from qattn.errors import FormatError, GGUFError
 from qattn.gguf_header import Header, TensorInfo, read_header
 
 
-def open(path: str | os.PathLike[str]) -> GGUFFile:
+def open(path: str | os.PathLike[str], *, device: str = "cpu") -> GGUFFile:
     """Open a GGUF file as a read-only mapping ``{tensor name: QuantArray}``.
 
     The file is mapped into memory: no tensor is read or copied before it is used, so the time depends on the
@@ -29,9 +29,14 @@ def open(path: str | os.PathLike[str]) -> GGUFFile:
     ----------
     path : str or path-like
         A file of GGUF version 2 or 3, little-endian.  It must not change while it is in use.
+    device : str
+        Where tensors are copied to when they are taken, and where what is made of the file computes: "cpu" (they stay
+        in the file), "cuda:0", …, or "auto", a GPU if there is one that can be used.
 
     Raises
     ------
+    DeviceError
+        The device can't be used; the message says what is missing.
     OSError
         The file, or a part of a split model, doesn't exist or can't be read.
     GGUFError
@@ -45,9 +50,10 @@ def open(path: str | os.PathLike[str]) -> GGUFFile:
     >>> model["blk.0.attn_q.weight"]
     QuantArray(shape=(576, 576), format='Q4_1', 5.00 bits/weight, 207.4 kB)
     """
+    device = devices.resolve(device)
     first = _map(Path(path))
     count = _split_number(first, Keys.Split.LLM_KV_SPLIT_COUNT, 1)
-    return GGUFFile([first] if count <= 1 else [first, *_other_parts(first, count)])
+    return GGUFFile([first] if count <= 1 else [first, *_other_parts(first, count)], device)
 
 
 class _Part(NamedTuple):
@@ -71,9 +77,12 @@ class GGUFFile(Mapping[str, QuantArray]):
         strings that are decoded on access.
     tensors : dict of str to TensorInfo
         Name, type, shape and place of every tensor, in the file's order.
+    device : str
+        Where tensors are copied to when they are taken.
     """
 
-    def __init__(self, parts: list[_Part]) -> None:
+    def __init__(self, parts: list[_Part], device: str = "cpu") -> None:
+        self.device = device
         self.path = parts[0].path
         self.metadata = parts[0].header.metadata
         self.tensors: dict[str, TensorInfo] = {}
@@ -86,6 +95,10 @@ class GGUFFile(Mapping[str, QuantArray]):
                 self._data[name] = part.data
 
     def __getitem__(self, name: str) -> QuantArray:
+        return self.mapped(name).to(self.device)
+
+    def mapped(self, name: str) -> QuantArray:
+        """The tensor in the file, wherever `device` is."""
         if self._data is None:
             raise ValueError(f"{self.path} was closed; open it again, or take its arrays before closing it")
         tensor = self.tensors.get(name)
@@ -117,7 +130,8 @@ class GGUFFile(Mapping[str, QuantArray]):
         architecture = self.metadata.get(Keys.General.ARCHITECTURE, "unknown")
         size = sum(tensor.nbytes or 0 for tensor in self.tensors.values())
         form = f"architecture={architecture!r}, {len(self)} tensors, {size / 1e6:.1f} MB"
-        return f"GGUFFile({str(self.path)!r}, {form})"
+        where = "" if self.device == "cpu" else f", device={self.device!r}"
+        return f"GGUFFile({str(self.path)!r}, {form}{where})"
 
     def close(self) -> None:
         """Let go of the mapping.  Arrays and metadata taken before keep it alive and stay valid."""

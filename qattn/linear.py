@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from qattn import _check, ops
-from qattn._backend import as_numpy
+from qattn import _check, devices, ops
+from qattn._backend import as_host
 from qattn.array import QuantArray
 from qattn.packing import PackedMatrix
 
@@ -33,8 +33,9 @@ class Linear:
         self.precision = precision
         self.bias: Array | None = None
         if bias is not None:
-            self.bias = np.array(as_numpy(bias, "bias"), np.float32)
-            _check.shape("bias", self.bias, self.shape[:1])
+            bias = np.array(as_host(bias, "bias"), np.float32)
+            _check.shape("bias", bias, self.shape[:1])
+            self.bias = devices.asarray(bias, self.weights.device)
 
     @property
     def shape(self) -> tuple[int, int]:

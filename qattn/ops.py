@@ -9,20 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qattn import _check, array, formats, masks
-from qattn._backend import as_numpy
+from qattn import _check, array, backends, devices, formats, masks
+from qattn._backend import as_array, as_host, device_of, namespace
 from qattn.array import QuantArray
-from qattn.cpu import attention as cpu_attention
-from qattn.cpu import dequantize as cpu_dequantize
-from qattn.cpu import matmul as cpu_matmul
-from qattn.cpu import rope as cpu_rope
-from qattn.cpu.activations import Activations, arrange, quantize
-from qattn.cpu.kernel import is_recording
-from qattn.cpu.rope import Batch as Batch
-from qattn.cpu.target import TARGET
-from qattn.cpu.threads import get_num_threads
+from qattn.backends.cpu import Batch as Batch
+from qattn.errors import DeviceError
 from qattn.kv_cache import KVCache, KVCacheParams
-from qattn.layout import CELL
 from qattn.masks import Mask, MHAMaskVariant
 from qattn.packing import PackedMatrix
 from qattn.rope import RotaryEmbedding
@@ -33,18 +25,22 @@ PRECISIONS: tuple[Precision, ...] = ("int8", "exact")
 
 
 def dequantize(w: QuantArray | PackedMatrix, *, out: Array | None = None) -> Array:
-    """The values of quantized weights, float32, of the shape of `w`; the bits that the ``gguf`` package gives."""
-    if isinstance(w, PackedMatrix):
-        values = np.asarray(w)
-        return values if out is None else _copy_into(out, values)
-    if out is None:
-        out = np.empty(w.shape, np.float32)
-    _check_out(out, w.shape)
-    first = 0
-    for part in w.parts:
-        target = out if len(w.parts) == 1 else out[first : first + len(part)]
-        cpu_dequantize.dequantize(part.data, formats.get(part.format), target)
-        first += len(part) if part.ndim > 1 else 0
+    """The values of quantized weights, float32, of the shape of `w`; the bits that the ``gguf`` package gives.
+
+    Weights on a GPU are dequantized there, to a CuPy array.
+    """
+    backend = backends.get(w.device.split(":")[0])
+    with devices.current(w.device):
+        out = _output(out, devices.namespace(w.device), w.shape)
+        if isinstance(w, PackedMatrix):
+            for packed_part in w.parts:
+                backend.unpack(packed_part, out)
+            return out
+        first = 0
+        for part in w.parts:
+            target = out if len(w.parts) == 1 else out[first : first + len(part)]
+            backend.dequantize(part.data, formats.get(part.format), target)
+            first += len(part) if part.ndim > 1 else 0
     return out
 
 
@@ -84,52 +80,19 @@ def affine(
 ) -> Array:
     """x @ matrix.T + bias, as in `matmul`; bias (rows,) float32."""
     _check.choice("precision", precision, PRECISIONS)
-    x = as_numpy(x, "x")
+    x = as_array(x, "x")
+    _same_device(x, matrix.device, "the weights are")
     rows, columns = matrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {x.shape}; weights {matrix.shape} need (..., {columns})")
-    shape = (*x.shape[:-1], rows)
-    if out is None:
-        out = np.empty(shape, np.float32)
-    else:
-        _check_out(out, shape)
+    out = _output(out, namespace(x), (*x.shape[:-1], rows))
     if out.size:
-        flat = np.ascontiguousarray(x, np.float32).reshape(-1, columns)
-        _multiply(flat, matrix, out.reshape(-1, rows), precision == "exact")
+        flat = namespace(x).ascontiguousarray(x, np.float32).reshape(-1, columns)
+        backend = backends.of(x)
+        backend.multiply(flat, matrix, out.reshape(-1, rows), precision == "exact")
         if bias is not None:
-            cpu_matmul.add_bias(out.reshape(-1, rows), bias, parts=parts_of(len(flat)))
+            backend.add_bias(out.reshape(-1, rows), bias)
     return out
-
-
-def _multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
-    last: Any = None
-    for part in matrix.parts:
-        layout = part.layout
-        floats, group = layout.bits >= 16, min(layout.group, CELL)
-        key = "floats" if floats else (group, 0 if exact else layout.zero)
-        if key != last:
-            last = key
-            if floats or exact:
-                prepared = Activations.exact_room(len(x), x.shape[1], 0 if floats else group)
-                arrange(x, 0 if floats else group, prepared, parts=parts_of(len(x)))
-            else:
-                prepared = Activations.room(len(x), x.shape[1], group)
-                quantize(layout.zero, group)(x, prepared, parts=parts_of(len(x), TARGET.rows))
-        work = part.packed.codes.nbytes * -(-len(x) // TARGET.rows)
-        each = _PARTS_FEW if len(x) <= TARGET.rows else _PARTS_MANY
-        parts = min(1 + work // _WORK, each * get_num_threads()) if work > _ALONE or is_recording() else 1
-        cpu_matmul.product(layout, exact)(part.packed, prepared, out, parts=parts, streams=part.packed.codes)
-
-
-_ALONE = 1 << 20  # bytes of weights that one thread has read before another, unless it runs already, is worth waking
-_WORK = 1 << 13  # bytes of weights, read once for each block of activations, that are worth a part
-# Parts for each thread.  Memory is read fastest in long pieces; where arithmetic binds, small ones end together.
-_PARTS_FEW, _PARTS_MANY = 4, 16
-
-
-def parts_of(rows: int, least: int = 4) -> int:
-    """Into how many parts the work on so many rows is divided, `least` in each: several for each thread."""
-    return max(1, min(rows // least, 4 * get_num_threads()))
 
 
 def packed(w: QuantArray | PackedMatrix | Array) -> PackedMatrix:
@@ -137,7 +100,7 @@ def packed(w: QuantArray | PackedMatrix | Array) -> PackedMatrix:
     if isinstance(w, PackedMatrix):
         return w
     if not isinstance(w, QuantArray):
-        return PackedMatrix(as_numpy(w, "w"))
+        return PackedMatrix(as_host(w, "w"))
     if w.cached is None:
         w.cached = PackedMatrix(w)
     return w.cached  # type: ignore[no-any-return]
@@ -161,22 +124,22 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
     ValueError
         For other shapes, or a negative position.
     """
-    x = np.ascontiguousarray(as_numpy(x, "x"), np.float32)
+    x = as_array(x, "x")
     _check.shape("x", x, ("tokens", "heads", "head_dim"))
     if rotary.rope_dims > x.shape[2]:
         raise ValueError(f"x has heads of {x.shape[2]}, shorter than the {rotary.rope_dims} that rotate")
     positions = token_positions(positions, len(x))
-    if out is None:
-        out = np.empty(x.shape, np.float32)
-    _check_out(out, x.shape)
-    cos, sin = rotary.table(int(positions.max(initial=-1)) + 1)
-    cpu_rope.rotate(x, cos, sin, positions, rotary.neox, out, parts=parts_of(len(x)))
+    xp = namespace(x)
+    out = _output(out, xp, x.shape)
+    cos, sin = rotary.table(int(positions.max(initial=-1)) + 1, device_of(x))
+    x = xp.ascontiguousarray(x, np.float32)
+    backends.of(x).rotate(x, cos, sin, xp.asarray(positions), rotary.neox, out)
     return out
 
 
 def token_positions(positions: Any, tokens: int) -> Array:
     """Check positions, given as one start or one for each token → (tokens,) int64."""
-    positions = np.asarray(as_numpy(positions, "positions"))
+    positions = np.asarray(as_host(positions, "positions"))
     if positions.dtype.kind not in "iu" and positions.size:
         raise ValueError(f"positions have dtype {positions.dtype}; expected integers")
     positions = positions.astype(np.int64)
@@ -218,7 +181,10 @@ def attention(
     (tokens, heads, value_dim) float32
         Computed in float32; exp2 has a relative error below 3e-7.  A query that sees no key gives zeros.
     """
-    q, k, v = (as_numpy(a, name) for a, name in ((q, "q"), (k, "k"), (v, "v")))
+    q, k, v = (as_array(a, name) for a, name in ((q, "q"), (k, "k"), (v, "v")))
+    for other, name in ((k, "k is"), (v, "v is")):
+        _same_device(q, device_of(other), name)
+    xp = namespace(q)
     _check.shape("q", q, ("tokens", "heads", "head_dim"))
     _check.shape("k", k, ("keys", "kv_heads", q.shape[2]))
     _check.shape("v", v, (*k.shape[:2], "value_dim"))
@@ -230,66 +196,39 @@ def attention(
         raise ValueError(f"q has {tokens} tokens, k has {keys}; the last of each are aligned, so k needs as many")
     chosen = masks.get(mask)
     dtype = "float16" if k.dtype == v.dtype == np.float16 else "float32"
-    cache = KVCache(KVCacheParams(kv_heads, head_dim, value_dim, dtype=dtype))
-    store(np.concatenate([k.reshape(keys, -1), v.reshape(keys, -1)], axis=1, dtype=np.float32), cache)
-    offsets = np.array([0, tokens])
-    queries = np.ascontiguousarray(q, np.float32)
-    result, lse = attend(queries, cache, offsets, chosen, scale or head_dim**-0.5, exact=True)
-    if out is not None:
-        result = _copy_into(out, result)
-    return (result, lse) if return_lse else result
+    cache = KVCache(KVCacheParams(kv_heads, head_dim, value_dim, dtype=dtype), device=device_of(q))
+    kv = xp.concatenate([k.reshape(keys, -1), v.reshape(keys, -1)], axis=1).astype(np.float32, copy=False)
+    store(xp.ascontiguousarray(kv), cache)
+    out = _output(out, xp, (tokens, heads, value_dim))
+    queries, offsets = xp.ascontiguousarray(q, np.float32), xp.asarray(np.array([0, tokens]))
+    scale = head_dim**-0.5 if scale is None else scale
+    _, lse = backends.of(q).attend(queries, cache, offsets, chosen, scale, exact=True, out=out)
+    return (out, lse) if return_lse else out
 
 
 def store(kv: Array, cache: KVCache) -> None:
     """Append keys and values, (tokens, n_kv_heads · (head_dim + value_dim)) float32, to a cache of one sequence."""
-    tokens, start = len(kv), int(cache.lengths[0])
+    tokens, start, xp = len(kv), int(cache.lengths[0]), namespace(kv)
     cache.reserve(cache.lengths + tokens)
     zeros, places = np.zeros(tokens, np.int64), np.arange(start, start + tokens)
-    nothing, q = np.empty((1, 0), np.float32), np.empty((tokens, 0, cache.params.head_dim), np.float32)
-    batch = Batch(zeros, places, zeros, np.array([0, tokens]))
-    rotate_and_store(kv, nothing, nothing, batch, False, cache, q)
+    nothing, q = xp.empty((1, 0), np.float32), xp.empty((tokens, 0, cache.params.head_dim), np.float32)
+    batch = Batch(*map(xp.asarray, (zeros, places, zeros, np.array([0, tokens]))))
+    backends.of(kv).rotate_and_store(kv, nothing, nothing, batch, False, cache, q)
+    cache.note(np.array([start + tokens]))
 
 
-def rotate_and_store(qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: KVCache, q: Array) -> None:
-    """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cpu.rope`."""
-    run = cpu_rope.rotate_and_store(cache.params.kind)
-    run(qkv, cos, sin, batch, neox, cache.view(), cache.lengths, q, parts=parts_of(len(qkv)))
+def _same_device(x: Any, device: str, what: str) -> None:
+    if device_of(x) != device:
+        raise DeviceError(f"x is on {device_of(x)}, and {what} on {device}; move one of them: .to({device_of(x)!r})")
 
 
-def attend(
-    q: Array, cache: KVCache, row_offsets: Array, mask: Mask, scale: float, *, exact: bool, out: Array | None = None
-) -> tuple[Array, Array]:
-    """Attention of the last tokens of each sequence in a cache: out (tokens, heads, value_dim), lse (tokens, heads).
-
-    q : (tokens, heads, head_dim) float32, rotated;  row_offsets : (sequences + 1,) int64
-    A bfloat16 cache is multiplied in bfloat16 pairs, unless `exact`.
-    """
-    kind, view = cache.params.kind, cache.view()
-    storage = cpu_attention.Storage(kind, "bf16" if kind == "bf16" and not exact else "f32")
-    out = np.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
-    lse = np.empty(q.shape[:2], np.float32)
-    partial = cpu_attention.Partial.room(row_offsets, cache.capacity, q.shape[1], view.value_dim)
-    large = cache.capacity * q.size > _LARGE or is_recording()
-    parts, slots = 4 * get_num_threads() if large else 1, np.arange(cache.sequences)
-    run = cpu_attention.attend(storage, type(mask))
-    run(q, view, slots, row_offsets, cache.lengths, np.float32(scale), mask, out, lse, partial, parts=parts)
-    if partial.lse.size:
-        cpu_attention.merge(row_offsets, cache.lengths, cache.params.n_kv_heads, partial, out, lse, parts=parts)
-    return out, lse
-
-
-_LARGE = 1 << 20  # products of queries and keys that take longer than waking a thread
-
-
-def _check_out(out: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous:
-        came = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
+def _output(out: Any, xp: Any, shape: tuple[int, ...]) -> Any:
+    """`out`, checked, or a new array of NumPy's or CuPy's."""
+    if out is None:
+        return xp.empty(shape, np.float32)
+    if not isinstance(out, xp.ndarray) or out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous:
+        came = f"{out.dtype} {out.shape}" if hasattr(out, "dtype") else type(out).__name__
         raise ValueError(f"out is {came}; expected a C-contiguous float32 array of shape {shape}")
-
-
-def _copy_into(out: Array, values: Array) -> Array:
-    _check_out(out, values.shape)
-    out[...] = values
     return out
 
 

@@ -6,15 +6,17 @@ together, wherever they stood.  Nothing is rounded: `unpack` gives back what was
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from qattn import formats
+from qattn import devices, formats
 from qattn.array import QuantArray
 from qattn.cpu import pack as cpu
 from qattn.cpu.matmul import wants_signed
 from qattn.cpu.simd import LANES
+from qattn.errors import DeviceError
 from qattn.layout import CELL, Layout, Packed
 
 Array = np.ndarray[Any, Any]
@@ -65,7 +67,25 @@ class PackedMatrix:
         for part in weights.parts:
             chosen.setdefault(part.format, []).append((first, part))
             first += len(part)
+        self.device = "cpu"
+        """Where the packed weights are: "cpu", "cuda:0", …"""
         self.parts = tuple(_pack_part(name, rows, self.shape[1]) for name, rows in chosen.items())
+
+    def to(self, device: str) -> PackedMatrix:
+        """The same weights on another device; itself if they are there.
+
+        Raises
+        ------
+        DeviceError
+            If the device can't be used.
+        """
+        device = devices.resolve(device)
+        if device == self.device:
+            return self
+        moved = copy.copy(self)
+        with devices.current(device):
+            moved.device, moved.parts = device, tuple(_moved(part, device) for part in self.parts)
+        return moved
 
     @property
     def format(self) -> str:
@@ -75,35 +95,35 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
-        return sum(array.nbytes for part in self.parts for array in part.packed if isinstance(array, np.ndarray))
+        return sum(array.nbytes for part in self.parts for array in part.packed if not isinstance(array, int))
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """The layout of each part."""
         return tuple(part.layout for part in self.parts)
 
-    @property
-    def packed(self) -> tuple[Packed, ...]:
-        """The arrays of each part, for kernels."""
-        return tuple(part.packed for part in self.parts)
-
     def __repr__(self) -> str:
-        return f"PackedMatrix(shape={self.shape}, format={self.format!r}, {self.nbytes / 1e6:.1f} MB)"
+        where = "" if self.device == "cpu" else f", device={self.device!r}"
+        return f"PackedMatrix(shape={self.shape}, format={self.format!r}, {self.nbytes / 1e6:.1f} MB{where})"
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def unpack(self) -> tuple[Planes, ...]:
         """Levels, scales and offsets of each part, in the order of its rows; not for parts that are floats."""
+        if self.device != "cpu":
+            raise DeviceError(f"the weights are on {self.device}; unpack them on the CPU: .to('cpu').unpack()")
         return tuple(_unpack_part(part) for part in self.parts if not part.format.is_float)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         """The weights, dequantized to float32."""
         if copy is False:
             raise ValueError("dequantizing makes a copy; use copy=None")
+        if self.device != "cpu":
+            raise TypeError(f"the weights are on {self.device}, and NumPy can't read them there; use .to('cpu')")
         values = np.empty(self.shape, np.float32)
         for part in self.parts:
-            values[part.packed.targets] = _part_values(part, self.shape[1])
+            values[part.packed.targets] = part_values(part)
         return values if dtype is None else values.astype(dtype, copy=False)
 
 
@@ -177,6 +197,15 @@ def _allocate(layout: Layout, targets: Array, columns: int, table: Array) -> Pac
     )
 
 
+def _moved(part: Part, device: str) -> Part:
+    """Copy a part's arrays to a device."""
+    arrays: list[Any] = [array if isinstance(array, int) else devices.copied(array, device) for array in part.packed]
+    if device == "cpu":
+        arrays[0], codes = _aligned(arrays[0].shape, arrays[0].dtype), arrays[0]
+        arrays[0][...] = codes
+    return part._replace(packed=Packed(*arrays))
+
+
 def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
     """Zeros that start at a cache line, so that no 64-byte load straddles two."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -228,8 +257,10 @@ def _unpack_part(part: Part) -> Planes:
     return Planes(levels, scales, offsets)
 
 
-def _part_values(part: Part, columns: int) -> Array:
+def part_values(part: Part) -> Array:
+    """The weights of a part on the CPU, dequantized to float32, in the order of its rows."""
     if part.format.is_float:
+        columns = part.packed.codes.shape[1]
         rows = part.packed.codes.transpose(0, 2, 1).reshape(-1, columns)[: part.packed.rows]
         if part.layout.base == "f16":
             return rows.view(np.float16).astype(np.float32)

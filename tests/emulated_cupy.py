@@ -1,6 +1,6 @@
 """The part of CuPy that qattn uses, over NumPy and the PTX emulator: it runs the very code that launches on a GPU.
 
-A test takes the fixture `cupy`, which puts this module in the place of CuPy.  "Device" arrays are a subclass of NumPy's,
+A test takes the fixture `cupy`, which puts this module in the place of CuPy.  Arrays are a subclass of NumPy's,
 so that mixing them up with host arrays can be noticed: a kernel refuses a host array, as CuPy does.
 """
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from qattn import _check, errors
-from qattn._backend import as_numpy, is_cupy
-from qattn.array import QuantArray
+from qattn._backend import as_array, as_numpy, is_cupy
 
 
 class Device:
@@ -39,9 +38,17 @@ def test_array_protocol_comes_before_dlpack():
     np.testing.assert_array_equal(as_numpy(Both(3)), [0, 1, 2])
 
 
-def test_array_on_a_gpu_is_told_that_there_is_no_backend():
-    with pytest.raises(NotImplementedError, match="x is on a GPU, and there is no CUDA backend yet"):
+def test_array_on_a_gpu_is_told_how_to_copy_it():
+    with pytest.raises(errors.DeviceError, match=r"x is on a GPU, and is needed on the CPU: cupy.asnumpy"):
         as_numpy(Device(2))
+
+
+def test_array_on_a_gpu_needs_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(
+        errors.DeviceError, match=r"x is on a GPU, and CuPy is not installed: pip install 'qattn\[cuda\]'"
+    ):
+        as_array(Device(2))
 
 
 def test_array_on_an_unknown_device_is_named():
@@ -57,8 +64,8 @@ def test_cupy_array_is_recognized_without_importing_cupy(monkeypatch):
     assert not is_cupy(array)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     assert is_cupy(array) and not is_cupy(np.ones(3))
-    with pytest.raises(NotImplementedError, match="data is on a GPU"):
-        QuantArray(array, "Q4_0")
+    with pytest.raises(errors.DeviceError, match="data is on a GPU"):
+        as_numpy(array, "data")
 
 
 @pytest.mark.parametrize(

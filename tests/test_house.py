@@ -13,12 +13,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up; a file imports from its own floor or from those below.
 FLOORS = [
-    ("errors", "_check", "_backend", "_index", "_cache", "layout"),
+    ("errors", "_check", "_backend", "_index", "_cache", "layout", "devices"),
     ("formats", "masks"),
     ("rope",),
     ("cpu", "cuda"),
     ("gguf_strings", "gguf_header", "array"),
     ("gguf_file", "packing", "quantize", "kv_cache"),
+    ("backends",),
     ("ops",),
     ("linear", "architectures"),
     ("attention", "capabilities"),

@@ -212,8 +212,8 @@ def test_float_weights_have_their_own_class():
         ({"scale": float("nan")}, ValueError, "scale is nan"),
         ({"precision": "fp4"}, ValueError, "precision is 'fp4'; expected one of 'int8', 'exact'"),
         ({"quantization_encoding": "Q9_0"}, qattn.FormatError, "Q9_0"),
-        ({"devices": ["cuda:0"]}, NotImplementedError, "there is no CUDA backend yet"),
-        ({"devices": ["tpu"]}, qattn.DeviceError, "devices names 'tpu'; expected 'cpu'"),
+        ({"devices": ["cuda:99"]}, qattn.DeviceError, "device 'cuda:99' can't be used: "),
+        ({"devices": ["tpu"]}, qattn.DeviceError, "device is 'tpu'; expected 'cpu', 'cuda', 'cuda:0'"),
     ],
 )
 def test_wrong_parameters_are_named(changes, error, message):

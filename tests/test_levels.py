@@ -45,6 +45,7 @@ def test_products_and_attention_hold_at_every_level(level):
 
 CODE = """
 import numpy as np, qattn
+from qattn.backends import cpu
 from qattn.cpu import attention, matmul
 from qattn.cpu.target import TARGET
 from qattn.masks.causal import Causal
@@ -55,7 +56,7 @@ packed = qattn.PackedMatrix(w)
 assert reference.nmse(qattn.matmul(x, packed), x @ np.asarray(w, np.float64).T) < 5e-4
 cache, kv, q = qattn.KVCache(qattn.KVCacheParams(1, 32)), normal((40, 64), 1), normal((5, 2, 32), 2)
 qattn.ops.store(kv, cache)
-out, _ = qattn.ops.attend(q, cache, np.array([0, 5]), Causal(), 0.2, exact=False)
+out, _ = cpu.attend(q, cache, np.array([0, 5]), Causal(), 0.2, exact=False)
 k, v = kv[:, None, :32], kv[:, None, 32:]
 want, _ = reference.attention(q, k, v, 0.2, reference.causal(5, 40))
 assert reference.nmse(out, want) < 5e-4

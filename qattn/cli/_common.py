@@ -34,6 +34,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="int8: activations in 8 bits (default); exact: float32",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: all cores)")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu (default), cuda:0 for a GPU, or auto for a GPU if one can be used"
+    )
 
 
 def load(path: str | Path | None, args: argparse.Namespace, max_length: int | None = None) -> Model:
@@ -43,9 +46,12 @@ def load(path: str | Path | None, args: argparse.Namespace, max_length: int | No
 
     if args.threads is not None:
         qattn.set_num_threads(args.threads)
-    path = path or fetch()
-    _announce_compilation()
-    return models.Model.from_gguf(path, precision=args.precision, max_length=max_length)
+    with qattn.open(path or fetch(), device=args.device) as file:
+        if args.device == "auto":
+            say(f"device: {file.device}")
+        if file.device == "cpu":
+            _announce_compilation()
+        return models.Model.from_gguf(file, precision=args.precision, max_length=max_length)
 
 
 def _announce_compilation() -> None:

@@ -45,6 +45,7 @@ _TYPES = {
     "u32": types.uint32,
     "i64": types.int64,
     "f32": types.float32,
+    "f64": types.float64,
 }
 _STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that need no asking for
 
@@ -92,6 +93,8 @@ class Kernel:
             return
         function = self._function_for(shared)
         function(grid, block, tuple(map(_argument, self._types, args)), shared_mem=shared)
+        if recording.kept is not None:
+            recording.kept.append(args)
 
     def _function_for(self, shared: int) -> Any:
         """The loaded kernel on the current device."""
@@ -105,6 +108,16 @@ class Kernel:
                     function.max_dynamic_shared_size_bytes = shared
                 self._loaded[place] = function
         return self._loaded[place]
+
+
+class Recording(threading.local):
+    """What a thread records, see `qattn.cuda.program`."""
+
+    kept: list[Any] | None = None
+    """The arguments of launches so far; None while nothing is recorded."""
+
+
+recording = Recording()
 
 
 def kernel(signature: str, key: str = "") -> Callable[[Callable[..., None]], Kernel]:

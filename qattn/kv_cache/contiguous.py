@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qattn.cpu.attention import CacheView, pack
-from qattn.cpu.simd import LANES
+from qattn import devices
 from qattn.errors import CacheError
+from qattn.kv_cache.layouts import layout_for
 
 _KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 Array = np.ndarray[Any, Any]
@@ -68,24 +68,31 @@ class KVCache:
     """Keys and values of `sequences` sequences, for one layer.
 
     ``len(cache)`` is the number of tokens of the only sequence, `lengths` those of all.  Keys are stored rotated.
+
+    Parameters
+    ----------
+    params : KVCacheParams
+    sequences : int
+    device : str
+        "cpu", or the GPU whose memory holds it: "cuda:0", …
+
+    Raises
+    ------
+    DeviceError
+        If the device can't be used.
     """
 
-    def __init__(self, params: KVCacheParams, sequences: int = 1) -> None:
+    def __init__(self, params: KVCacheParams, sequences: int = 1, *, device: str = "cpu") -> None:
         if operator.index(sequences) < 1:
             raise ValueError(f"sequences is {sequences}; expected at least 1")
         self.params = params
         self.sequences = sequences
+        self.device = devices.resolve(device)
         self.lengths: Array = np.zeros(sequences, np.int64)
-        self._keys, self._values = self._tiles(0)
-
-    def _tiles(self, count: int) -> tuple[Array, Array]:
-        p = self.params
-        packed = pack(p.kind)
-        element = np.float32 if p.kind == "f32" else np.uint16
-        key_size = -(-p.head_dim // packed) * packed * LANES
-        value_size = -(-p.values // LANES) * LANES * LANES
-        heads = (self.sequences, p.n_kv_heads, count)
-        return np.zeros((*heads, key_size), element), np.zeros((*heads, value_size), element)
+        self.counts: Any = self.lengths if self.device == "cpu" else devices.asarray(self.lengths, self.device)
+        """The lengths that kernels read and update: `lengths` itself on a CPU, and on a GPU an array there."""
+        self._layout = layout_for(self.device)
+        self._keys, self._values = self._layout.room(params, sequences, 0)
 
     def __len__(self) -> int:
         if self.sequences > 1:
@@ -95,20 +102,22 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Tokens of a sequence for which there is memory now."""
-        return self._keys.shape[2] * LANES
+        return int(self._keys.shape[2]) * (self._layout.unit if self.device == "cpu" else 1)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory held."""
-        return self._keys.nbytes + self._values.nbytes
+        return int(self._keys.nbytes + self._values.nbytes)
 
     def __repr__(self) -> str:
         tokens = ", ".join(map(str, self.lengths[:8])) + (", …" if self.sequences > 8 else "")
-        return f"KVCache({self.sequences} sequences, tokens: {tokens}, {self.params.dtype}, {self.nbytes / 1e6:.1f} MB)"
+        where = "" if self.device == "cpu" else f", device={self.device!r}"
+        size = f"{self.nbytes / 1e6:.1f} MB"
+        return f"KVCache({self.sequences} sequences, tokens: {tokens}, {self.params.dtype}, {size}{where})"
 
-    def view(self) -> CacheView:
-        """The tiles, for kernels."""
-        return CacheView(self._keys, self._values, self.params.head_dim, self.params.values)
+    def view(self) -> Any:
+        """The memory, for kernels."""
+        return self._layout.view(self.params, self._keys, self._values)
 
     def reserve(self, lengths: Array) -> None:
         """Make room for sequences of these lengths.
@@ -118,7 +127,7 @@ class KVCache:
         CacheError
             If one is longer than `max_length`.  The cache is as it was.
         """
-        need, limit = int(lengths.max(initial=0)), self.params.max_length
+        need, limit, unit = int(lengths.max(initial=0)), self.params.max_length, self._layout.unit
         if limit is not None and need > limit:
             slot = int(lengths.argmax())
             raise CacheError(
@@ -126,10 +135,10 @@ class KVCache:
                 f"(it has {self.lengths[slot]}); reset() it, or make it with a larger max_length"
             )
         if need > self.capacity:
-            tiles = max(-(-need // LANES), 2 * self._keys.shape[2])
+            capacity = max(need, 2 * self.capacity)
             if limit is not None:
-                tiles = min(tiles, -(-limit // LANES))
-            keys, values = self._tiles(tiles)
+                capacity = min(capacity, limit)
+            keys, values = self._layout.room(self.params, self.sequences, -(-capacity // unit) * unit)
             used = self._keys.shape[2]
             keys[:, :, :used], values[:, :, :used] = self._keys, self._values
             self._keys, self._values = keys, values
@@ -145,24 +154,25 @@ class KVCache:
         self._check(sequence)
         if not 0 <= length <= self.lengths[sequence]:
             raise CacheError(f"length is {length}; sequence {sequence} has {self.lengths[sequence]} tokens")
-        keys, values = self.read(sequence) if length % LANES else (None, None)
+        if length < self.lengths[sequence]:
+            self._layout.forget(self.params, self._keys, self._values, sequence, length)
         self.lengths[sequence] = length
-        if keys is not None and values is not None:  # kernels rely on zeros behind the last key of a tile
-            start = length // LANES * LANES
-            kept_keys, kept_values = keys[start:length].copy(), values[start:length].copy()
-            self._keys[sequence, :, length // LANES], self._values[sequence, :, length // LANES] = 0, 0
-            self._write(sequence, start, kept_keys, kept_values)
+        if self.device != "cpu":
+            self.counts[sequence] = length
+
+    def note(self, lengths: Array) -> None:
+        """Take note of the lengths that kernels have brought about: those of a GPU tell only the GPU."""
+        self.lengths[:] = lengths
 
     def reset(self, sequence: int | None = None) -> None:
         """Forget all tokens of one sequence, or of all."""
-        if sequence is None:
-            self.lengths[:] = 0
-        else:
-            self._check(sequence)
-            self.lengths[sequence] = 0
+        for each in range(self.sequences) if sequence is None else [sequence]:
+            self.truncate(0, each)
 
     def read(self, sequence: int = 0, start: int = 0, stop: int | None = None) -> tuple[Array, Array]:
-        """Copies of the cached keys (tokens, n_kv_heads, head_dim) and values (tokens, n_kv_heads, value_dim), float32.
+        """Copies of the cached keys (tokens, n_kv_heads, head_dim) and values (tokens, n_kv_heads, value_dim).
+
+        They are float32, and NumPy arrays wherever the cache is.
 
         Raises
         ------
@@ -174,45 +184,7 @@ class KVCache:
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise CacheError(f"tokens {start} to {stop} of sequence {sequence} were asked for; it has {length}")
-        p, packed = self.params, pack(self.params.kind)
-        tiles = slice(start // LANES, -(-stop // LANES))
-        keys, values = (self._widen(a[sequence, :, tiles]) for a in (self._keys, self._values))
-        heads, count = keys.shape[:2]
-        pairs, slices = -(-p.head_dim // packed), -(-p.values // LANES)
-        keys = keys.reshape(heads, count, pairs, LANES, packed).transpose(1, 3, 0, 2, 4)
-        keys = keys.reshape(count * LANES, heads, pairs * packed)[..., : p.head_dim]
-        values = values.reshape(heads, count, slices, LANES // packed, LANES, packed).transpose(1, 3, 5, 0, 2, 4)
-        values = values.reshape(count * LANES, heads, slices * LANES)[..., : p.values]
-        skip = tiles.start * LANES
-        return keys[start - skip : stop - skip], values[start - skip : stop - skip]
-
-    def _widen(self, tiles: Array) -> Array:
-        if self.params.kind == "f32":
-            return tiles
-        if self.params.kind == "f16":
-            return tiles.view(np.float16).astype(np.float32)
-        return (tiles.astype(np.uint32) << 16).view(np.float32)
-
-    def _write(self, sequence: int, start: int, keys: Array, values: Array) -> None:
-        """Put float32 values that were read from the cache back; exact."""
-        p, packed = self.params, pack(self.params.kind)
-        for i, (key, value) in enumerate(zip(self._narrow(keys), self._narrow(values), strict=True)):
-            tile, lane = (start + i) // LANES, (start + i) % LANES
-            k = self._keys[sequence, :, tile].reshape(p.n_kv_heads, -1, LANES, packed)
-            padded = np.zeros((p.n_kv_heads, k.shape[1] * packed), k.dtype)
-            padded[:, : p.head_dim] = key
-            k[:, :, lane] = padded.reshape(p.n_kv_heads, -1, packed)
-            v = self._values[sequence, :, tile].reshape(p.n_kv_heads, -1, LANES // packed, LANES, packed)
-            padded = np.zeros((p.n_kv_heads, v.shape[1] * LANES), v.dtype)
-            padded[:, : p.values] = value
-            v[:, :, lane // packed, :, lane % packed] = padded.reshape(p.n_kv_heads, -1, LANES)
-
-    def _narrow(self, x: Array) -> Array:
-        if self.params.kind == "f32":
-            return x
-        if self.params.kind == "f16":
-            return x.astype(np.float16).view(np.uint16)
-        return (np.ascontiguousarray(x).view(np.uint32) >> 16).astype(np.uint16)
+        return self._layout.read(self.params, self._keys, self._values, sequence, start, stop)
 
     def _check(self, sequence: int) -> None:
         if not 0 <= operator.index(sequence) < self.sequences:

@@ -8,11 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qattn import _check
+from qattn import _check, backends, devices
 from qattn.attention import GGUFQAttentionWithRope
-from qattn.cpu import feed_forward
-from qattn.cpu.kernel import Program
-from qattn.cpu.scratch import scratch
 from qattn.cpu.threads import get_num_threads
 from qattn.errors import CacheError, GGUFError
 from qattn.gguf_file import GGUFFile
@@ -20,7 +17,8 @@ from qattn.gguf_file import open as open_gguf
 from qattn.linear import Linear
 from qattn.models import architectures
 from qattn.models.config import ModelConfig
-from qattn.ops import Batch, Precision, dequantize, parts_of
+from qattn.ops import Batch, Precision
+from qattn.packing import PackedMatrix
 
 Array = np.ndarray[Any, Any]
 _CHUNK = 512  # tokens computed at once: enough for full speed, and few enough that what lies between layers stays small
@@ -35,6 +33,8 @@ class Decoder:
     layers : list of Layer
     max_length : int
         Tokens that fit.
+    device : str
+        Where it computes.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class Decoder:
         max_length: int,
     ) -> None:
         self.config, self.layers, self.max_length = config, layers, max_length
+        self.device: str = embeddings.device
+        self._backend, self._xp = backends.get(self.device.split(":")[0]), devices.namespace(self.device)
         self._embeddings, self._output_norm, self._output = embeddings, output_norm, output
         self._length = 0
         self._step: _Step | None = None
@@ -59,6 +61,7 @@ class Decoder:
         precision: Precision = "int8",
         cache_dtype: str | None = None,
         max_length: int | None = None,
+        device: str | None = None,
     ) -> Decoder:
         """Load the decoder of a GGUF file.
 
@@ -71,29 +74,35 @@ class Decoder:
             Of the KV caches: bfloat16, or float32 for precision "exact".
         max_length : int, optional
             Tokens that the caches can hold: the model's context length, unless said otherwise.
+        device : str, optional
+            Where it computes; that of the file, unless said otherwise.
 
         Raises
         ------
+        DeviceError
+            The device can't be used.
         GGUFError
             Tensors or metadata are missing, or don't fit together.
         NotImplementedError
             The architecture, or something that the file asks of it, is not supported.
         """
         if not isinstance(model, GGUFFile):
+            options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
             with open_gguf(model) as opened:
-                return cls.from_gguf(opened, precision=precision, cache_dtype=cache_dtype, max_length=max_length)
+                return cls.from_gguf(opened, device=device, **options)
+        device = devices.resolve(device or model.device)
         config = ModelConfig.from_gguf(model)
         if max_length is None:
             max_length = config.context_length
         _check.at_least("max_length", max_length, 1)
         described = architectures.get(config.architecture)
-        weights = _Weights(model, precision)
+        weights = _Weights(model, precision, device)
         dtype = cache_dtype or ("float32" if precision == "exact" else "bfloat16")
         hidden, inner = config.hidden_size, config.feed_forward_size
         layers = []
         for n in range(config.layers):
             attention = GGUFQAttentionWithRope.from_gguf(
-                model, n, precision=precision, cache_dtype=dtype, max_length=max_length
+                model, n, precision=precision, cache_dtype=dtype, max_length=max_length, device=device
             )
             layers.append(
                 Layer(
@@ -102,15 +111,16 @@ class Decoder:
                     feed_forward_norm=weights.vector(described.feed_forward_norm.format(n), hidden),
                     gate_up=weights.linear([described.gate.format(n), described.up.format(n)], inner, hidden),
                     down=weights.linear([described.down.format(n)], hidden, inner),
-                    epsilon=np.float32(config.norm_epsilon),
+                    epsilon=config.norm_epsilon,
                 )
             )
         embeddings = weights.matrix(described.embeddings, config.vocabulary_size, hidden)
         tied = f"{described.output}.weight" not in model
-        head = Linear(embeddings, precision=precision) if tied else weights.linear(
-            [described.output], config.vocabulary_size, hidden
-        )  # fmt: skip
-        return cls(config, embeddings, layers, weights.vector(described.output_norm, hidden), head, max_length)
+        output = embeddings if tied else weights.matrix(f"{described.output}.weight", config.vocabulary_size, hidden)
+        head = Linear(PackedMatrix(output).to(device), precision=precision)
+        return cls(
+            config, embeddings.to(device), layers, weights.vector(described.output_norm, hidden), head, max_length
+        )
 
     def __len__(self) -> int:
         """The number of tokens in the caches."""
@@ -134,7 +144,7 @@ class Decoder:
 
         Returns
         -------
-        (tokens, vocabulary) float32, or (1, vocabulary) with `last_only`
+        (tokens, vocabulary) float32, or (1, vocabulary) with `last_only`; where the decoder computes
 
         Raises
         ------
@@ -144,7 +154,7 @@ class Decoder:
             They don't fit into the cache.  Nothing was computed.
         """
         ids = self._check_tokens(tokens)
-        logits = np.empty((1 if last_only else len(ids), self.config.vocabulary_size), np.float32)
+        logits = self._xp.empty((1 if last_only else len(ids), self.config.vocabulary_size), np.float32)
         start = self._length
         try:
             if len(ids) == 1:
@@ -195,35 +205,45 @@ class Decoder:
 
     def _hidden(self, ids: Array) -> Array:
         """Run the layers over new tokens → (tokens, hidden_size) float32."""
-        x = np.array(self._embeddings[ids], np.float32)
+        x = self._xp.empty((len(ids), self.config.hidden_size), np.float32)
+        self._backend.take_rows(self._embeddings, self._xp.asarray(ids), x)
         places = np.arange(self._length, self._length + len(ids))
         self._run_layers(x, places)
         self._length += len(ids)
-        return x
+        return x  # type: ignore[no-any-return]
 
     def _run_layers(self, x: Array, places: Array) -> None:
         """Update x (tokens, hidden_size) float32 in place, for tokens at these places of the sequence."""
+        self._reserve(int(places[-1]) + 1)
         batch = Batch(np.zeros_like(places), places, places, np.array([0, len(places)]))
+        self._layers_of(x, Batch(*(devices.asarray(a, self.device) for a in batch)), int(places[-1]) + 1)
+        self._note(int(places[-1]) + 1)
+
+    def _layers_of(self, x: Array, batch: Batch, positions: int) -> None:
         for layer in self.layers:
-            layer.attention.kv_cache.reserve(places[-1:] + 1)
-            layer(x, batch)
+            layer(x, batch, layer.attention.rope.table(positions, self.device))
+
+    def _reserve(self, length: int) -> None:
+        """Make room for a sequence of that length in all caches."""
+        for layer in self.layers:
+            layer.attention.kv_cache.reserve(np.array([length]))
+
+    def _note(self, length: int) -> None:
+        for layer in self.layers:
+            layer.attention.kv_cache.note(np.array([length]))
 
     def _one_more(self, ids: Array, logits: Array) -> None:
         """Append a single token.  Its kernels are recorded, and replayed for those that follow: see `Program`."""
         if self._step is None or not self._step.fits(self, self._length):
-            self._step = _Step(self, ids, self._length)
-        else:
-            dequantize(self._embeddings[ids], out=self._step.x)
-            self._step.places[0] = self._length
-            self._step.program.replay()
+            self._step = _Step(self, self._length)
+        self._step.run(self, ids, self._length)
         self._length += 1
         logits[...] = self._step.logits
 
     def _head(self, x: Array, logits: Array) -> None:
         """Write the logits behind rows of hidden states."""
-        normed = np.empty_like(x)
-        epsilon = np.float32(self.config.norm_epsilon)
-        feed_forward.rms_norm(x, self._output_norm, epsilon, normed, parts=parts_of(len(x)))
+        normed = self._xp.empty_like(x)
+        self._backend.rms_norm(x, self._output_norm, self.config.norm_epsilon, normed)
         self._output(normed, out=logits)
 
 
@@ -237,41 +257,60 @@ class Layer:
         feed_forward_norm: Array,
         gate_up: Linear,
         down: Linear,
-        epsilon: np.float32,
+        epsilon: float,
     ) -> None:
         self.attention_norm, self.attention = attention_norm, attention
         self.feed_forward_norm, self.gate_up, self.down = feed_forward_norm, gate_up, down
         self.epsilon = epsilon
 
-    def __call__(self, x: Array, batch: Batch) -> None:
+    def __call__(self, x: Array, batch: Batch, tables: tuple[Array, Array]) -> None:
         """Update x (tokens, hidden_size) float32 in place; the attention's cache has room for the batch."""
-        normed, parts = scratch("normed", x.shape), parts_of(len(x))
-        feed_forward.rms_norm(x, self.attention_norm, self.epsilon, normed, parts=parts)
-        feed_forward.add(x, self.attention.forward(normed, self.attention.kv_cache, batch), parts=parts)
-        feed_forward.rms_norm(x, self.feed_forward_norm, self.epsilon, normed, parts=parts)
-        gate_up = scratch("gate and up", (len(x), self.gate_up.shape[0]))
-        gated = scratch("gated", (len(x), self.down.shape[1]))
-        feed_forward.swiglu(self.gate_up(normed, out=gate_up), gated, parts=parts)
-        feed_forward.add(x, self.down(gated, out=normed), parts=parts)
+        backend = backends.of(x)
+        normed = backend.scratch("normed", x.shape)
+        backend.rms_norm(x, self.attention_norm, self.epsilon, normed)
+        backend.add(x, self.attention.forward(normed, self.attention.kv_cache, batch, tables))
+        backend.rms_norm(x, self.feed_forward_norm, self.epsilon, normed)
+        gate_up = backend.scratch("gate and up", (len(x), self.gate_up.shape[0]))
+        gated = backend.scratch("gated", (len(x), self.down.shape[1]))
+        backend.swiglu(self.gate_up(normed, out=gate_up), gated)
+        backend.add(x, self.down(gated, out=normed))
 
 
 class _Step:
-    """The recorded kernels of one token, at a place of the sequence that is set before each replay."""
+    """The recorded kernels of one token, with its id and its place in the sequence to be set before each run."""
 
-    def __init__(self, decoder: Decoder, ids: Array, length: int) -> None:
-        self.program, self.places = Program(), np.array([length])
-        self.x = np.array(decoder._embeddings[ids], np.float32)
-        self.logits = np.empty((1, decoder.config.vocabulary_size), np.float32)
-        with self.program.recording():
-            decoder._run_layers(self.x, self.places)
-            decoder._head(self.x, self.logits)
+    def __init__(self, decoder: Decoder, length: int) -> None:
+        xp, c = decoder._xp, decoder.config
+        self.program: Any = None
+        self.ids, self.places = xp.zeros(1, np.int64), xp.zeros(1, np.int64)
+        self._batch = Batch(xp.zeros(1, np.int64), self.places, self.places, xp.asarray(np.array([0, 1])))
+        self.x, self.logits = xp.empty((1, c.hidden_size), np.float32), xp.empty((1, c.vocabulary_size), np.float32)
+        decoder._reserve(length + 1)
         self._parts = self._parts_of(decoder)
-        self._end = min(self._room(layer.attention) for layer in decoder.layers)
+        self._positions = min(layer.attention.kv_cache.capacity for layer in decoder.layers)
+        for layer in decoder.layers:
+            layer.attention.rope.table(self._positions, decoder.device)
+        self._recordable = all(type(layer.attention.o_proj) is Linear for layer in decoder.layers)
+
+    def run(self, decoder: Decoder, ids: Array, length: int) -> None:
+        """Do what running the layers would, by a replay if they are recorded."""
+        self.places[:] = length
+        decoder._backend.take_rows(decoder._embeddings, decoder._xp.asarray(ids), self.x)
+        if self.program is not None:
+            self.program.replay()
+        else:
+            program = decoder._backend.Program()
+            with program.recording():
+                decoder._layers_of(self.x, self._batch, self._positions)
+                decoder._head(self.x, self.logits)
+            self.program = program if self._recordable else None
+        if decoder.device != "cpu":
+            decoder._note(length + 1)
 
     def fits(self, decoder: Decoder, length: int) -> bool:
-        """Whether a replay at this length does what running the layers would."""
+        """Whether a run at this length does what running the layers would."""
         now = self._parts_of(decoder)
-        return length < self._end and all(a is b for a, b in zip(now, self._parts, strict=True))
+        return length < self._positions and all(a is b for a, b in zip(now, self._parts, strict=True))
 
     @staticmethod
     def _parts_of(decoder: Decoder) -> list[Any]:
@@ -282,30 +321,24 @@ class _Step:
             parts += attention.wqkv, attention.o_proj, attention.kv_cache.view().keys
         return parts
 
-    @staticmethod
-    def _room(attention: GGUFQAttentionWithRope) -> int:
-        """The length up to which tables and cache stay where they are; 0 if there is code that can't be recorded."""
-        recordable = type(attention.o_proj) is Linear
-        return min(attention.kv_cache.capacity, len(attention.rope.table(0)[0])) if recordable else 0
-
 
 class _Weights:
     """Takes weights out of a file, and checks their shapes."""
 
-    def __init__(self, model: GGUFFile, precision: Precision) -> None:
-        self._model, self._precision = model, precision
+    def __init__(self, model: GGUFFile, precision: Precision, device: str) -> None:
+        self._model, self._precision, self._device = model, precision, device
 
     def _take(self, name: str, *shape: int) -> Any:
         if name not in self._model:
             raise GGUFError(f"{self._model.path} has no tensor {name}")
-        weights = self._model[name]
+        weights = self._model.mapped(name)
         if weights.shape != shape:
             raise GGUFError(f"{name} has shape {weights.shape}; the metadata of {self._model.path} needs {shape}")
         return weights
 
     def vector(self, name: str, size: int) -> Array:
         """A norm's weight or a bias, (size,) float32."""
-        return np.array(self._take(name, size), np.float32)
+        return devices.asarray(np.array(self._take(name, size), np.float32), self._device)  # type: ignore[no-any-return]
 
     def matrix(self, name: str, rows: int, columns: int) -> Any:
         """Quantized rows, a `QuantArray`."""
@@ -317,6 +350,6 @@ class _Weights:
         bias = None
         if any(f"{name}.bias" in self._model for name in names):
             zeros = np.zeros(rows, np.float32)
-            parts = [self.vector(f"{name}.bias", rows) if f"{name}.bias" in self._model else zeros for name in names]
-            bias = np.concatenate(parts)
-        return Linear(stacked, bias, precision=self._precision)
+            given = [self._take(f"{name}.bias", rows) if f"{name}.bias" in self._model else zeros for name in names]
+            bias = np.concatenate([np.array(each, np.float32) for each in given])
+        return Linear(PackedMatrix(stacked).to(self._device), bias, precision=self._precision)

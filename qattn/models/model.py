@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qattn import _check
+from qattn._backend import as_host
 from qattn.errors import CacheError
 from qattn.gguf_file import GGUFFile
 from qattn.gguf_file import open as open_gguf
@@ -46,13 +47,17 @@ class Model:
         precision: Precision = "int8",
         cache_dtype: str | None = None,
         max_length: int | None = None,
+        device: str | None = None,
     ) -> Model:
         """Load a GGUF file; parameters and errors are those of `Decoder.from_gguf` and `Tokenizer`."""
         if not isinstance(model, GGUFFile):
+            options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
             with open_gguf(model) as opened:
-                return cls.from_gguf(opened, precision=precision, cache_dtype=cache_dtype, max_length=max_length)
+                return cls.from_gguf(opened, device=device, **options)
         tokenizer = Tokenizer.from_gguf(model)  # first: it fails in a moment where it fails
-        decoder = Decoder.from_gguf(model, precision=precision, cache_dtype=cache_dtype, max_length=max_length)
+        decoder = Decoder.from_gguf(
+            model, precision=precision, cache_dtype=cache_dtype, max_length=max_length, device=device
+        )
         return cls(decoder, tokenizer)
 
     def __repr__(self) -> str:
@@ -166,7 +171,7 @@ class Generation:
                 break
             start = time.perf_counter()
             # Embeddings are often padded to a round number; beyond the vocabulary there is nothing to choose.
-            token = sampler(decoder.forward(read, last_only=True)[0, :vocabulary])
+            token = sampler(as_host(decoder.forward(read, last_only=True)[0, :vocabulary], "logits"))
             elapsed = time.perf_counter() - start
             if read is self.prompt_tokens:
                 self.prompt_seconds = elapsed

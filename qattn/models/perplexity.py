@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qattn import _check
+from qattn._backend import as_host
 from qattn.models.model import Model
 
 _LOGITS = 2**25  # computed at once: 128 MiB
@@ -56,7 +57,7 @@ def perplexity(model: Model, text: str, *, context: int = 2048) -> Perplexity:
         piece = tokens[first : first + context]
         model.reset()
         for row in range(0, len(piece) - 1, rows):
-            logits = model.forward(piece[row : min(row + rows, len(piece) - 1)])
+            logits = as_host(model.forward(piece[row : min(row + rows, len(piece) - 1)]), "logits")
             losses.append(_losses(logits, piece[row + 1 : row + 1 + len(logits)]))
     seconds = time.perf_counter() - start
     loss = np.concatenate(losses)

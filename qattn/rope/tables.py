@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qattn import devices
+
 Pairing = Literal["interleaved", "neox"]
 PAIRINGS: tuple[Pairing, ...] = ("interleaved", "neox")
 
@@ -66,24 +68,33 @@ class RotaryEmbedding:
         self.frequencies: np.ndarray[Any, Any] = frequencies
         """(rope_dims / 2,) float64, radians per position."""
         self._cos = self._sin = np.empty((0, frequencies.size), np.float32)
+        self._copies: dict[str, tuple[Any, Any]] = {}
 
     @property
     def neox(self) -> bool:
         """Whether pairs are half a head apart."""
         return self.pairing == "neox"
 
-    def table(self, positions: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def table(self, positions: int, device: str = "cpu") -> tuple[Any, Any]:
         """Cosines and sines of positions 0 … at least `positions` - 1: two (n, rope_dims / 2) float32 arrays.
 
-        Computed in float64 and kept; the table at least doubles when it has to grow.
+        Computed in float64 and kept, on each device; the table at least doubles when it has to grow.
         """
+        self._grow(positions)
+        if device == "cpu":
+            return self._cos, self._sin
+        if device not in self._copies:
+            self._copies[device] = (devices.asarray(self._cos, device), devices.asarray(self._sin, device))
+        return self._copies[device]
+
+    def _grow(self, positions: int) -> None:
         have = len(self._cos)
         if positions > have:
             more = np.arange(have, max(positions, 2 * have, 256), dtype=np.float64)
             angles = np.outer(more, self.frequencies)
             self._cos = np.concatenate([self._cos, np.cos(angles).astype(np.float32)])
             self._sin = np.concatenate([self._sin, np.sin(angles).astype(np.float32)])
-        return self._cos, self._sin
+            self._copies = {}
 
     def __repr__(self) -> str:
         scale = f", scale={self.scale:g}" if self.scale != 1 else ""

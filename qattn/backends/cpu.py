@@ -1,0 +1,124 @@
+"""Operations on NumPy arrays, by the kernels of `qattn.cpu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qattn import formats
+from qattn.array import QuantArray
+from qattn.cpu import attention as cpu_attention
+from qattn.cpu import feed_forward
+from qattn.cpu import matmul as cpu_matmul
+from qattn.cpu import rope as cpu_rope
+from qattn.cpu.activations import Activations, arrange, quantize
+from qattn.cpu.dequantize import dequantize as dequantize
+from qattn.cpu.kernel import Program as Program
+from qattn.cpu.kernel import is_recording
+from qattn.cpu.rope import Batch as Batch
+from qattn.cpu.scratch import scratch as scratch
+from qattn.cpu.target import TARGET
+from qattn.cpu.threads import get_num_threads
+from qattn.layout import CELL
+from qattn.packing import PackedMatrix, Part, part_values
+
+Array = np.ndarray[Any, Any]
+
+
+def take_rows(weights: QuantArray, ids: Array, out: Array) -> None:
+    """out = some rows of weights, dequantized: weights (rows, columns), ids (n,) integers, out (n, columns) float32."""
+    dequantize(weights[ids].data, formats.get(weights.format), out)
+
+
+def unpack(part: Part, out: Array) -> None:
+    """Write the values of a part's rows to where they belong in out, (rows, columns) float32."""
+    out[part.packed.targets] = part_values(part)
+
+
+def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
+    """out = x @ matrix.T: x (tokens, columns) and out (tokens, rows), float32, C-contiguous."""
+    last: Any = None
+    for part in matrix.parts:
+        layout = part.layout
+        floats, group = layout.bits >= 16, min(layout.group, CELL)
+        key = "floats" if floats else (group, 0 if exact else layout.zero)
+        if key != last:
+            last = key
+            if floats or exact:
+                prepared = Activations.exact_room(len(x), x.shape[1], 0 if floats else group)
+                arrange(x, 0 if floats else group, prepared, parts=_parts_of(len(x)))
+            else:
+                prepared = Activations.room(len(x), x.shape[1], group)
+                quantize(layout.zero, group)(x, prepared, parts=_parts_of(len(x), TARGET.rows))
+        work = part.packed.codes.nbytes * -(-len(x) // TARGET.rows)
+        each = _PARTS_FEW if len(x) <= TARGET.rows else _PARTS_MANY
+        parts = min(1 + work // _WORK, each * get_num_threads()) if work > _ALONE or is_recording() else 1
+        cpu_matmul.product(layout, exact)(part.packed, prepared, out, parts=parts, streams=part.packed.codes)
+
+
+_ALONE = 1 << 20  # bytes of weights that one thread has read before another, unless it runs already, is worth waking
+_WORK = 1 << 13  # bytes of weights, read once for each block of activations, that are worth a part
+# Parts for each thread.  Memory is read fastest in long pieces; where arithmetic binds, small ones end together.
+_PARTS_FEW, _PARTS_MANY = 4, 16
+
+
+def _parts_of(rows: int, least: int = 4) -> int:
+    """Into how many parts the work on so many rows is divided, `least` in each: several for each thread."""
+    return max(1, min(rows // least, 4 * get_num_threads()))
+
+
+def add_bias(out: Array, bias: Array) -> None:
+    """out += bias: (tokens, n) and (n,) float32."""
+    cpu_matmul.add_bias(out, bias, parts=_parts_of(len(out)))
+
+
+def rotate(x: Array, cos: Array, sin: Array, positions: Array, neox: bool, out: Array) -> None:
+    """out = heads rotated by the angles of their positions: see `qattn.cpu.rope`."""
+    cpu_rope.rotate(x, cos, sin, positions, neox, out, parts=_parts_of(len(x)))
+
+
+def rotate_and_store(qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: Any, q: Array) -> None:
+    """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cpu.rope`."""
+    run = cpu_rope.rotate_and_store(cache.params.kind)
+    run(qkv, cos, sin, batch, neox, cache.view(), cache.counts, q, parts=_parts_of(len(qkv)))
+
+
+def attend(
+    q: Array, cache: Any, row_offsets: Array, mask: Any, scale: float, *, exact: bool, out: Array | None = None
+) -> tuple[Array, Array]:
+    """Attention of the last tokens of each sequence in a cache: out (tokens, heads, value_dim), lse (tokens, heads).
+
+    q : (tokens, heads, head_dim) float32, rotated;  row_offsets : (sequences + 1,) int64
+    A bfloat16 cache is multiplied in bfloat16 pairs, unless `exact`.
+    """
+    kind, view = cache.params.kind, cache.view()
+    storage = cpu_attention.Storage(kind, "bf16" if kind == "bf16" and not exact else "f32")
+    out = np.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
+    lse = np.empty(q.shape[:2], np.float32)
+    partial = cpu_attention.Partial.room(row_offsets, cache.capacity, q.shape[1], view.value_dim)
+    large = cache.capacity * q.size > _LARGE or is_recording()
+    parts, slots = 4 * get_num_threads() if large else 1, np.arange(cache.sequences)
+    run = cpu_attention.attend(storage, type(mask))  # type: ignore[arg-type]
+    run(q, view, slots, row_offsets, cache.counts, np.float32(scale), mask, out, lse, partial, parts=parts)
+    if partial.lse.size:
+        cpu_attention.merge(row_offsets, cache.counts, cache.params.n_kv_heads, partial, out, lse, parts=parts)
+    return out, lse
+
+
+_LARGE = 1 << 20  # products of queries and keys that take longer than waking a thread
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
+    """out = x / sqrt(mean(x²) + epsilon) · weight, row by row."""
+    feed_forward.rms_norm(x, weight, np.float32(epsilon), out, parts=_parts_of(len(x)))
+
+
+def swiglu(gate_up: Array, out: Array) -> None:
+    """out = silu(gate) · up, where gate is the first half of each row and up the second."""
+    feed_forward.swiglu(gate_up, out, parts=_parts_of(len(out)))
+
+
+def add(x: Array, y: Array) -> None:
+    """x += y."""
+    feed_forward.add(x, y, parts=_parts_of(len(x)))
