@@ -14,9 +14,11 @@ from numba import types
 from numba.core import cgutils
 from numba.cuda.extending import intrinsic
 
-_I32, _U32, _U64, _F32, _U16 = types.int32, types.uint32, types.uint64, types.float32, types.uint16
-_LETTERS = {_I32: "r", _U32: "r", _F32: "f", _U64: "l", _U16: "h"}
-_LLVM = {_I32: ir.IntType(32), _U32: ir.IntType(32), _F32: ir.FloatType(), _U64: ir.IntType(64), _U16: ir.IntType(16)}
+_I32, _U32, _F32, _U16 = types.int32, types.uint32, types.float32, types.uint16
+_I64, _U64, _F64 = types.int64, types.uint64, types.float64
+_LETTERS = {_I32: "r", _U32: "r", _F32: "f", _I64: "l", _U64: "l", _U16: "h", _F64: "d"}
+_LLVM = {type_: ir.IntType(type_.bitwidth) for type_ in (_I32, _U32, _I64, _U64, _U16)}
+_LLVM |= {_F32: ir.FloatType(), _F64: ir.DoubleType()}
 
 
 def _call(builder: Any, text: str, takes: Sequence[Any], args: Sequence[Any], gives: Sequence[Any], pure: bool) -> Any:
@@ -82,6 +84,7 @@ permute = _instruction("permute", "prmt.b32 $0, $1, $2, $3;", [_U32, _U32, _U32]
 # --------------------------------------------------------------------------------------------------- small floats
 
 f16_to_f32 = _instruction("f16_to_f32", "cvt.f32.f16 $0, $1;", [_U16], [_F32])
+f64_to_f32 = _instruction("f64_to_f32", "cvt.rn.f32.f64 $0, $1;", [_F64], [_F32])
 f32_to_f16 = _instruction("f32_to_f16", "cvt.rn.f16.f32 $0, $1;", [_F32], [_U16])
 pack_f16 = _instruction("pack_f16", "cvt.rn.f16x2.f32 $0, $2, $1;", [_F32, _F32], [_U32])
 """Two float32 → two float16, the first one low."""
@@ -93,6 +96,8 @@ exp2 = _instruction("exp2", "ex2.approx.ftz.f32 $0, $1;", [_F32], [_F32])
 """2**x, to a relative error of 2**-22."""
 log2 = _instruction("log2", "lg2.approx.ftz.f32 $0, $1;", [_F32], [_F32])
 rsqrt = _instruction("rsqrt", "rsqrt.approx.ftz.f32 $0, $1;", [_F32], [_F32])
+reciprocal = _instruction("reciprocal", "rcp.rn.f32 $0, $1;", [_F32], [_F32])
+"""1 / x, correctly rounded."""
 multiply = _instruction("multiply", "mul.rn.f32 $0, $1, $2;", [_F32, _F32], [_F32])
 """a · b, never joined with an addition: where the bits of products and sums matter."""
 add = _instruction("add", "add.rn.f32 $0, $1, $2;", [_F32, _F32], [_F32])
@@ -124,6 +129,8 @@ def _pointer_instruction(name: str, text: str, takes: Sequence[Any] = (), gives:
     return intrinsic(scope[name])
 
 
+address = _pointer_instruction("address", "mov.u64 $0, $1;", gives=[_U64])
+"""Where pointer[index] lies."""
 load_16 = _pointer_instruction("load_16", "ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", gives=[_U32] * 4)
 """16 bytes at pointer[index], which are aligned → four uint32."""
 load_16_constant = _pointer_instruction(
@@ -139,6 +146,8 @@ store_8 = _pointer_instruction("store_8", "st.global.v2.u32 [$0], {$1,$2};", [_U
 store_4 = _pointer_instruction("store_4", "st.global.u32 [$0], $1;", [_U32])
 atomic_max = _pointer_instruction("atomic_max", "red.global.max.s32 [$0], $1;", [_I32])
 """pointer[index] = max(pointer[index], value), for int32."""
+atomic_max_64 = _pointer_instruction("atomic_max_64", "red.global.max.s64 [$0], $1;", [_I64])
+"""The same for int64."""
 
 
 @intrinsic
@@ -155,8 +164,19 @@ def shared_address(typing_context: Any, array: Any, index: Any) -> Any:
     return _U32(array, index), codegen
 
 
+load_shared_8 = _instruction("load_shared_8", "ld.shared.v2.u32 {$0,$1}, [$2];", [_U32], [_U32] * 2, pure=False)
+"""8 bytes at a `shared_address` that is a multiple of 8."""
+load_shared_16 = _instruction(
+    "load_shared_16", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", [_U32], [_U32] * 4, pure=False
+)
+"""16 bytes at a `shared_address`, which is aligned → four uint32."""
+load_shared_8 = _instruction("load_shared_8", "ld.shared.v2.u32 {$0,$1}, [$2];", [_U32], [_U32] * 2, pure=False)
+load_shared_4 = _instruction("load_shared_4", "ld.shared.u32 $0, [$1];", [_U32], [_U32], pure=False)
+store_shared_4 = _instruction("store_shared_4", "st.shared.u32 [$0], $1;", [_U32, _U32], pure=False)
 copy_async_16 = _pointer_instruction("copy_async_16", "cp.async.cg.shared.global [$1], [$0], 16;", [_U32])
 """Begin to copy the 16 bytes at pointer[index] to a `shared_address`."""
+copy_async_8 = _pointer_instruction("copy_async_8", "cp.async.ca.shared.global [$1], [$0], 8;", [_U32])
+copy_async_4 = _pointer_instruction("copy_async_4", "cp.async.ca.shared.global [$1], [$0], 4;", [_U32])
 commit_copies = _instruction("commit_copies", "cp.async.commit_group;", [], [], pure=False)
 """The copies begun by this thread since the last call are a group."""
 wait_for_copies = _instruction("wait_for_copies", "cp.async.wait_group 0;", [], [], pure=False)

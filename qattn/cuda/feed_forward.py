@@ -1,0 +1,144 @@
+"""What a decoder does between its products: the norm before each, and the gate of its feed-forward network.
+
+Rows are read 16 bytes at a time if they begin at multiples of 16, else 4.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import cuda, types
+
+from qattn.cuda import ptx
+from qattn.cuda.kernel import device, kernel
+from qattn.cuda.values import store_four
+
+Array = Any  # of CuPy
+THREADS = 256
+_LOG2_E = np.float32(math.log2(math.e))
+_ALL = 0xFFFFFFFF  # lanes
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
+    """out = x / sqrt(mean(x²) + epsilon) · weight, row by row (Zhang and Sennrich, 2019).
+
+    x, out : (tokens, n) float32;  weight : (n,) float32
+    Cost: reads x once from memory and once from a cache.
+    """
+    tokens, n = x.shape
+    threads = min(1024, -(-n // 128) * 32)  # a vector each, if that is enough: few tokens are soon done
+    norm_kernel(x, weight, epsilon, n, out, grid=tokens, block=threads)
+
+
+def swiglu(gate_up: Array, out: Array) -> None:
+    """out = silu(gate) · up, where gate is the first half of each row and up the second (Shazeer, 2020).
+
+    gate_up : (tokens, 2 · n) float32;  out : (tokens, n) float32
+    """
+    tokens, n = out.shape
+    gate_kernel(gate_up, n, out, grid=(tokens, -(-n // (4 * THREADS))), block=THREADS)
+
+
+def add(x: Array, y: Array) -> None:
+    """x += y: float32 of the same shape."""
+    add_kernel(x, y, x.size, grid=-(-x.size // (4 * THREADS)), block=THREADS)
+
+
+@device
+def _four(x, at):  # type: ignore[no-untyped-def]
+    a, b, c, d = ptx.load_16(x, at)
+    return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
+
+
+@device
+def _aligned(x, y, z):  # type: ignore[no-untyped-def]
+    return (ptx.address(x, 0) | ptx.address(y, 0) | ptx.address(z, 0)) & 15 == 0
+
+
+@device
+def _sum_of_lanes(value):  # type: ignore[no-untyped-def]
+    for step in (16, 8, 4, 2, 1):
+        value += cuda.shfl_xor_sync(_ALL, value, step)
+    return value
+
+
+@device
+def _sum_of_block(value, partial):  # type: ignore[no-untyped-def]
+    """The sum of all threads' values, for all of them; `partial` has room for 32 warps."""
+    lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
+    value = _sum_of_lanes(value)
+    if lane == 0:
+        partial[np.uint32(warp)] = value
+    cuda.syncthreads()
+    return _sum_of_lanes(partial[np.uint32(lane)] if lane < cuda.blockDim.x >> 5 else np.float32(0))
+
+
+@kernel("f32* f32* f32 i32 f32*")
+def norm_kernel(x, weight, epsilon, n, out):  # type: ignore[no-untyped-def]
+    """A thread block for a row, any number of warps."""
+    partial = cuda.shared.array(32, types.float32)
+    thread, threads, row = np.int32(cuda.threadIdx.x), np.int32(cuda.blockDim.x), np.int64(cuda.blockIdx.x) * n
+    vectors = np.int32(n >> 2) if n & 3 == 0 and _aligned(x, weight, out) else np.int32(0)
+    total = np.float32(0)
+    i = thread
+    while i < vectors:
+        a, b, c, d = _four(x, row + i * 4)
+        total += a * a + b * b + (c * c + d * d)
+        i = np.int32(i + threads)
+    i = np.int32(thread + vectors * 4)
+    while i < n:
+        total += x[row + i] * x[row + i]
+        i = np.int32(i + threads)
+    factor = ptx.rsqrt(_sum_of_block(total, partial) / np.float32(n) + epsilon)
+    i = thread
+    while i < vectors:
+        a, b, c, d = _four(x, row + i * 4)
+        e, f, g, h = _four(weight, i * 4)
+        store_four(out, row + i * 4, (a * factor * e, b * factor * f, c * factor * g, d * factor * h))
+        i = np.int32(i + threads)
+    i = np.int32(thread + vectors * 4)
+    while i < n:
+        out[row + i] = x[row + i] * factor * weight[i]
+        i = np.int32(i + threads)
+
+
+@device
+def _gated(g, up):  # type: ignore[no-untyped-def]
+    """silu(g) · up: silu(g) = g / (1 + exp(-g)), without overflow."""
+    small = ptx.exp2(-abs(g) * _LOG2_E)
+    return g * ((small if g < np.float32(0) else np.float32(1)) / (np.float32(1) + small)) * up
+
+
+@kernel("f32* i32 f32*")
+def gate_kernel(gate_up, n, out):  # type: ignore[no-untyped-def]
+    """Four columns a thread, grid (tokens, runs of 4 · `THREADS` columns)."""
+    row, first = np.int64(cuda.blockIdx.x) * n, np.int32(cuda.blockIdx.y * (4 * THREADS))
+    thread = np.int32(cuda.threadIdx.x)
+    if n & 3 == 0 and _aligned(gate_up, out, out):
+        i = np.int32(first + thread * 4)
+        if i < n:
+            a, b, c, d = _four(gate_up, 2 * row + i)
+            e, f, g, h = _four(gate_up, 2 * row + n + i)
+            store_four(out, row + i, (_gated(a, e), _gated(b, f), _gated(c, g), _gated(d, h)))
+    else:
+        for j in range(4):
+            i = np.int32(first + j * THREADS + thread)
+            if i < n:
+                out[row + i] = _gated(gate_up[2 * row + i], gate_up[2 * row + n + i])
+
+
+@kernel("f32* f32* i64")
+def add_kernel(x, y, n):  # type: ignore[no-untyped-def]
+    """Four numbers a thread."""
+    first, thread = np.int64(cuda.blockIdx.x) * (4 * THREADS), np.int32(cuda.threadIdx.x)
+    i = first + thread * 4
+    if i + 4 <= n and _aligned(x, y, y):
+        a, b, c, d = _four(x, i)
+        e, f, g, h = _four(y, i)
+        store_four(x, i, (a + e, b + f, c + g, d + h))
+    elif i < n:
+        for j in range(4):
+            if i + j < n:
+                x[i + j] += y[i + j]

@@ -1,0 +1,104 @@
+"""Numbers as memory has them, to float32 and back: what kernels that make or read values share.
+
+float32 results keep subnormal numbers, and products are not joined with sums, so that their bits are those of the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from qattn.cuda import ptx
+from qattn.cuda.kernel import device
+
+KINDS = {"float32": "f32", "float16": "f16", "uint16": "bf16"}
+"""What an output of this dtype holds."""
+ELEMENTS = {"f32": "f32*", "f16": "u16*", "bf16": "u16*", "f64": "f64*"}
+"""A pointer to such numbers in a kernel's signature."""
+
+
+@functools.cache
+def store_for(kind: str) -> Any:
+    """store(out, at, low, high): twice four float32, narrowed, to out[at : at + 8], 16 bytes at a time."""
+    pack = ptx.pack_bf16 if kind == "bf16" else ptx.pack_f16
+
+    @device
+    def halves(out, at, low, high):  # type: ignore[no-untyped-def]
+        a, b, c, d = low
+        e, f, g, h = high
+        ptx.store_16(out, at, pack(a, b), pack(c, d), pack(e, f), pack(g, h))
+
+    @device
+    def words(out, at, low, high):  # type: ignore[no-untyped-def]
+        store_four(out, at, low)
+        store_four(out, at + 4, high)
+
+    return words if kind == "f32" else halves
+
+
+@device
+def store_four(out, at, values):  # type: ignore[no-untyped-def]
+    """out[at : at + 4] = four float32."""
+    a, b, c, d = values
+    ptx.store_16(out, at, ptx.bits_of(a), ptx.bits_of(b), ptx.bits_of(c), ptx.bits_of(d))
+
+
+@functools.cache
+def narrow_for(kind: str) -> Any:
+    """A float32 as an element of the output."""
+
+    @device
+    def same(x):  # type: ignore[no-untyped-def]
+        return x
+
+    @device
+    def f16(x):  # type: ignore[no-untyped-def]
+        return ptx.f32_to_f16(x)
+
+    @device
+    def bf16(x):  # type: ignore[no-untyped-def]
+        return np.uint16(ptx.pack_bf16(x, np.float32(0)) & 0xFFFF)
+
+    return {"f32": same, "f16": f16, "bf16": bf16}[kind]
+
+
+@functools.cache
+def widen_for(kind: str) -> Any:
+    """A float of an array, or the bits of a scale, as a float32."""
+
+    @device
+    def f16(x):  # type: ignore[no-untyped-def]
+        return ptx.f16_to_f32(np.uint16(x))
+
+    @device
+    def bf16(x):  # type: ignore[no-untyped-def]
+        return ptx.float_of(np.uint32(x) << 16)
+
+    @device
+    def f32(x):  # type: ignore[no-untyped-def]
+        return np.float32(x)
+
+    @device
+    def f64(x):  # type: ignore[no-untyped-def]
+        return ptx.f64_to_f32(x)
+
+    @device
+    def e8m0(bits):  # type: ignore[no-untyped-def]
+        if bits < 2:  # 2**(bits - 128) is subnormal
+            return ptx.float_of(np.uint32(1 << 21) << np.uint32(bits))
+        return ptx.float_of(np.uint32(bits - 1) << np.uint32(23))
+
+    @device
+    def ue4m3(bits):  # type: ignore[no-untyped-def]
+        # a float16 has the same fields, with three bits more of mantissa, and a bias of 15 instead of 7
+        value = ptx.multiply(ptx.f16_to_f32(np.uint16((bits & 127) << 7)), np.float32(128))
+        return value if bits != 127 else np.float32(0)
+
+    return {"f16": f16, "bf16": bf16, "f32": f32, "f64": f64, "e8m0": e8m0, "ue4m3": ue4m3}[kind]
+
+
+def key(*parts: str) -> str:
+    """What a kernel was generated for, as a part of its name."""
+    return "_".join(filter(None, parts)).replace("-", "_")
