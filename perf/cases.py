@@ -85,7 +85,13 @@ def random_cache(params: qattn.KVCacheParams, depth: int, *, room: int = 0, sequ
     return cache
 
 
-def random_layer(name: str, shape: Shape = Shape(), *, cache_dtype: str = "bfloat16") -> qattn.GGUFQAttentionWithRope:  # noqa: B008
+def random_layer(
+    name: str,
+    shape: Shape = Shape(),  # noqa: B008
+    *,
+    cache_dtype: str = "bfloat16",
+    device: str = "cpu",
+) -> qattn.GGUFQAttentionWithRope:
     """An attention layer of random weights, all in one format."""
     layer = qattn.GGUFQAttentionWithRope(
         rope=qattn.RotaryEmbedding(shape.head_dim, 500_000.0),
@@ -93,6 +99,7 @@ def random_layer(name: str, shape: Shape = Shape(), *, cache_dtype: str = "bfloa
         num_key_value_heads=shape.kv_heads,
         hidden_size=shape.hidden,
         kv_params=qattn.KVCacheParams(shape.kv_heads, shape.head_dim, dtype=cache_dtype),
+        devices=[device],
     )
     layer.load_state_dict(
         {

@@ -51,6 +51,18 @@ def as_array(x: Any, name: str = "x") -> Any:
     return as_numpy(x, name)
 
 
+def is_aligned(x: Any) -> bool:
+    """Whether an array starts where a GPU can load 16 bytes at once; on a CPU that doesn't matter."""
+    return not is_cupy(x) or x.__cuda_array_interface__["data"][0] % 16 == 0
+
+
+def as_float32(x: Any) -> Any:
+    """An array as C-contiguous float32, and aligned as kernels need it: copied if it isn't."""
+    xp = namespace(x)
+    values = xp.ascontiguousarray(x, np.float32)
+    return values if is_aligned(values) else values.copy()
+
+
 def as_host(x: Any, name: str = "x") -> np.ndarray[Any, Any]:
     """A NumPy array, copied if it is on a GPU: for what the host has to know, such as offsets and positions."""
     x = as_array(x, name)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from qattn import _check, architectures, backends, devices, formats, ops
-from qattn._backend import as_array, as_host, as_numpy, device_of, namespace
+from qattn._backend import as_array, as_float32, as_host, as_numpy, device_of
 from qattn.array import QuantArray
+from qattn.batch import Batch
 from qattn.errors import CacheError, DeviceError, GGUFError
 from qattn.gguf_file import GGUFFile
 from qattn.gguf_file import open as open_gguf
@@ -251,11 +252,11 @@ class AttentionWithRope:
         lengths = cache.lengths + np.diff(offsets)
         cache.reserve(lengths)
         tables = self.rope.table(int(batch.angles.max(initial=-1)) + 1, self.device)
-        out = self.forward(x, cache, ops.Batch(*(devices.asarray(a, self.device) for a in batch)), tables)
+        out = self.forward(x, cache, Batch(*(devices.asarray(a, self.device) for a in batch)), tables)
         cache.note(lengths)
         return out
 
-    def forward(self, x: Array, cache: KVCache, batch: ops.Batch, tables: tuple[Array, Array]) -> Array:
+    def forward(self, x: Array, cache: KVCache, batch: Batch, tables: tuple[Array, Array]) -> Array:
         """The steps of a call, without its checks.
 
         x : (tokens, hidden_size) float32, for which the cache has room
@@ -277,7 +278,7 @@ class AttentionWithRope:
         for what, device in (("x is", device_of(x)), ("kv_cache is", cache.device)):
             if device != self.device:
                 raise DeviceError(f"{what} on {device}, the layer on {self.device}; both must be on the same")
-        x = namespace(x).ascontiguousarray(x, np.float32)
+        x = as_float32(x)
         _check.shape("x", x, ("tokens", self.hidden_size))
         if self.device == "cpu" and not np.isfinite(x).all():
             token, column = np.argwhere(~np.isfinite(x))[0]
@@ -304,7 +305,7 @@ class AttentionWithRope:
         return ops.affine(x, self._qkv_proj, self._bias, out=qkv, precision=self.precision)  # type: ignore[arg-type]
 
     def _rotate_and_store(
-        self, qkv: Array, cache: KVCache, batch: ops.Batch, tables: tuple[Array, Array], backend: Any
+        self, qkv: Array, cache: KVCache, batch: Batch, tables: tuple[Array, Array], backend: Any
     ) -> Array:
         """Rotate q and k, append k and v to the cache, and return q: (tokens, heads, head_dim) float32."""
         q = backend.scratch("q", (len(qkv), self.num_attention_heads, self.kv_params.head_dim))
@@ -447,11 +448,11 @@ def _one_device(names: Iterable[str] | None) -> str:
     return resolved[0]
 
 
-def _batch(cache: KVCache, offsets: Array) -> ops.Batch:
+def _batch(cache: KVCache, offsets: Array) -> Batch:
     """Where new tokens belong that continue the sequences of a cache."""
     slots = np.repeat(np.arange(cache.sequences), np.diff(offsets))
     places = np.arange(offsets[-1]) - (offsets[:-1] - cache.lengths)[slots]
-    return ops.Batch(slots, places, places, offsets)
+    return Batch(slots, places, places, offsets)
 
 
 def _clipped(weights: QuantArray, limit: float) -> QuantArray:

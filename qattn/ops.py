@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from qattn import _check, array, backends, devices, formats, masks
-from qattn._backend import as_array, as_host, device_of, namespace
+from qattn._backend import as_array, as_float32, as_host, device_of, is_aligned, namespace
 from qattn.array import QuantArray
-from qattn.backends.cpu import Batch as Batch
+from qattn.batch import Batch
 from qattn.errors import DeviceError
 from qattn.kv_cache import KVCache, KVCacheParams
 from qattn.masks import Mask, MHAMaskVariant
@@ -87,7 +87,7 @@ def affine(
         raise ValueError(f"x has shape {x.shape}; weights {matrix.shape} need (..., {columns})")
     out = _output(out, namespace(x), (*x.shape[:-1], rows))
     if out.size:
-        flat = namespace(x).ascontiguousarray(x, np.float32).reshape(-1, columns)
+        flat = as_float32(x).reshape(-1, columns)
         backend = backends.of(x)
         backend.multiply(flat, matrix, out.reshape(-1, rows), precision == "exact")
         if bias is not None:
@@ -102,7 +102,7 @@ def packed(w: QuantArray | PackedMatrix | Array) -> PackedMatrix:
     if not isinstance(w, QuantArray):
         return PackedMatrix(as_host(w, "w"))
     if w.cached is None:
-        w.cached = PackedMatrix(w)
+        w.cached = PackedMatrix(w.to("cpu")).to(w.device)
     return w.cached  # type: ignore[no-any-return]
 
 
@@ -132,7 +132,7 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
     xp = namespace(x)
     out = _output(out, xp, x.shape)
     cos, sin = rotary.table(int(positions.max(initial=-1)) + 1, device_of(x))
-    x = xp.ascontiguousarray(x, np.float32)
+    x = as_float32(x)
     backends.of(x).rotate(x, cos, sin, xp.asarray(positions), rotary.neox, out)
     return out
 
@@ -198,9 +198,9 @@ def attention(
     dtype = "float16" if k.dtype == v.dtype == np.float16 else "float32"
     cache = KVCache(KVCacheParams(kv_heads, head_dim, value_dim, dtype=dtype), device=device_of(q))
     kv = xp.concatenate([k.reshape(keys, -1), v.reshape(keys, -1)], axis=1).astype(np.float32, copy=False)
-    store(xp.ascontiguousarray(kv), cache)
+    store(as_float32(kv), cache)
     out = _output(out, xp, (tokens, heads, value_dim))
-    queries, offsets = xp.ascontiguousarray(q, np.float32), xp.asarray(np.array([0, tokens]))
+    queries, offsets = as_float32(q), xp.asarray(np.array([0, tokens]))
     scale = head_dim**-0.5 if scale is None else scale
     _, lse = backends.of(q).attend(queries, cache, offsets, chosen, scale, exact=True, out=out)
     return (out, lse) if return_lse else out
@@ -229,6 +229,8 @@ def _output(out: Any, xp: Any, shape: tuple[int, ...]) -> Any:
     if not isinstance(out, xp.ndarray) or out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous:
         came = f"{out.dtype} {out.shape}" if hasattr(out, "dtype") else type(out).__name__
         raise ValueError(f"out is {came}; expected a C-contiguous float32 array of shape {shape}")
+    if not is_aligned(out):
+        raise ValueError("out starts in the middle of 16 bytes; on a GPU it must start at a multiple of them")
     return out
 
 

@@ -54,6 +54,8 @@ class PackedMatrix:
     ------
     ValueError
         If the weights don't have two axes.
+    DeviceError
+        If they are on a GPU: packing is work for the CPU, and `to` moves the result.
     """
 
     def __init__(self, weights: QuantArray | Array) -> None:
@@ -61,6 +63,8 @@ class PackedMatrix:
             weights = _float_rows(np.asarray(weights))
         if weights.ndim != 2:
             raise ValueError(f"weights have shape {weights.shape}; a packed matrix needs (rows, columns)")
+        if weights.device != "cpu":
+            raise DeviceError(f"the weights are on {weights.device}, and are packed on the CPU: .to('cpu')")
         self.shape: tuple[int, int] = (weights.shape[0], weights.shape[1])
         chosen: dict[str, list[tuple[int, QuantArray]]] = {}
         first = 0
@@ -149,6 +153,11 @@ def _pack_part(name: str, rows: list[tuple[int, QuantArray]], columns: int) -> P
     scales, offsets = _stored(fmt.scales, layout), _stored(fmt.offsets, layout)
     run(data, scales, offsets, packed, parts=1 + data.nbytes // _PART)
     return Part(fmt, layout, packed)
+
+
+def layout_of(fmt: formats.Format) -> Layout:
+    """How weights of a block format are packed."""
+    return _layout(fmt)[0]
 
 
 def _layout(fmt: formats.Format) -> tuple[Layout, Array]:

@@ -35,10 +35,8 @@ def golden():
     return GOLDEN
 
 
-@pytest.fixture
-def cupy(monkeypatch):
+def provide_cupy(modules=sys.modules):
     """CuPy on a host with a GPU, elsewhere the emulator in its place."""
-    pytest.importorskip("numba_cuda", reason="kernels for GPUs are compiled by numba-cuda")
     try:
         import cupy
 
@@ -48,5 +46,16 @@ def cupy(monkeypatch):
         pass
     from tests import emulated_cupy
 
-    monkeypatch.setitem(sys.modules, "cupy", emulated_cupy)
+    modules["cupy"] = emulated_cupy
     return emulated_cupy
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """CuPy, or what takes its place."""
+    pytest.importorskip("numba_cuda", reason="kernels for GPUs are compiled by numba-cuda")
+    changed = {}
+    found = provide_cupy(changed)
+    for name, module in changed.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return found

@@ -7,6 +7,7 @@ so that mixing them up with host arrays can be noticed: a kernel refuses a host 
 from __future__ import annotations
 
 import functools
+import time
 import types
 from typing import Any
 
@@ -20,6 +21,13 @@ class ndarray(np.ndarray):
 
     def get(self) -> np.ndarray:
         return np.array(self)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        start = self
+        while isinstance(start.base, np.ndarray):  # the emulator aligns what it is given; here only views are off
+            start = start.base
+        return {"data": (self.ctypes.data - start.ctypes.data, False), "shape": self.shape, "typestr": self.dtype.str}
 
     @property
     def device(self) -> Any:
@@ -89,6 +97,16 @@ class Stream:
             raise runtime.CUDARuntimeError("cudaErrorStreamCaptureUnsupported: a capture can't wait")
 
 
+class Event:
+    """A moment."""
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+
 class Graph:
     """Captured launches."""
 
@@ -104,6 +122,10 @@ class Graph:
 
 
 _stream = Stream()
+
+
+def copyto(target: ndarray, source: ndarray) -> None:
+    target[...] = source
 
 
 class RawModule:
@@ -152,6 +174,8 @@ runtime = types.SimpleNamespace(
     getDeviceCount=lambda: 1, CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {})
 )
 cuda = types.SimpleNamespace(
+    Event=Event,
+    get_elapsed_time=lambda start, end: 1e3 * (end.time - start.time),
     Device=Device,
     Stream=Stream,
     Graph=Graph,

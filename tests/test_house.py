@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up; a file imports from its own floor or from those below.
 FLOORS = [
-    ("errors", "_check", "_backend", "_index", "_cache", "layout", "devices"),
+    ("errors", "_check", "_backend", "_index", "_cache", "layout", "batch", "devices"),
     ("formats", "masks"),
     ("rope",),
     ("cpu", "cuda"),
@@ -65,7 +65,7 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in ("cpu", "cuda")], ids=module_of)
 def test_kernels_know_no_format_mask_or_layer(path):
-    known = (f"qattn.{path.parent.name}", "qattn.errors", "qattn.layout", "qattn._cache")
+    known = (f"qattn.{path.parent.name}", "qattn.errors", "qattn.layout", "qattn.batch", "qattn._cache")
     for module in imports(path):
         assert not module.startswith("qattn.") or module.startswith(known), module
 

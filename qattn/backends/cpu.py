@@ -8,6 +8,7 @@ import numpy as np
 
 from qattn import formats
 from qattn.array import QuantArray
+from qattn.batch import Batch
 from qattn.cpu import attention as cpu_attention
 from qattn.cpu import feed_forward
 from qattn.cpu import matmul as cpu_matmul
@@ -16,7 +17,6 @@ from qattn.cpu.activations import Activations, arrange, quantize
 from qattn.cpu.dequantize import dequantize as dequantize
 from qattn.cpu.kernel import Program as Program
 from qattn.cpu.kernel import is_recording
-from qattn.cpu.rope import Batch as Batch
 from qattn.cpu.scratch import scratch as scratch
 from qattn.cpu.target import TARGET
 from qattn.cpu.threads import get_num_threads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -12,19 +12,6 @@ from qattn.cpu._jit import generated
 from qattn.cpu.attention import pack
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES, micro_kernel
-
-
-class Batch(NamedTuple):
-    """Where the tokens of a ragged batch belong."""
-
-    slots: np.ndarray
-    """(tokens,) int64, the sequence in the cache."""
-    places: np.ndarray
-    """(tokens,) int64, the index in the sequence."""
-    angles: np.ndarray
-    """(tokens,) int64, the position that the rotary embedding sees."""
-    row_offsets: np.ndarray
-    """(sequences + 1,) int64, the tokens of each sequence."""
 
 
 @numba.njit

@@ -35,8 +35,8 @@ def _call(builder: Any, text: str, takes: Sequence[Any], args: Sequence[Any], gi
 def _instruction(name: str, text: str, takes: Sequence[Any], gives: Sequence[Any] = (), pure: bool = True) -> Any:
     """An intrinsic for one instruction; arguments are converted to the types that it takes.
 
-    `gives` are the types of the results: a tuple if there are several.  One that isn't `pure` reads or writes memory, or
-    concerns other threads, and stays where it stands.
+    `gives` are the types of the results: a tuple if there are several.  One that isn't `pure` reads or writes memory,
+    or concerns other threads, and stays where it stands.
     """
     names = [f"a{i}" for i in range(len(takes))]
 
@@ -164,11 +164,7 @@ def shared_address(typing_context: Any, array: Any, index: Any) -> Any:
     return _U32(array, index), codegen
 
 
-load_shared_8 = _instruction("load_shared_8", "ld.shared.v2.u32 {$0,$1}, [$2];", [_U32], [_U32] * 2, pure=False)
-"""8 bytes at a `shared_address` that is a multiple of 8."""
-load_shared_16 = _instruction(
-    "load_shared_16", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", [_U32], [_U32] * 4, pure=False
-)
+load_shared_16 = _instruction("load_shared_16", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", [_U32], [_U32] * 4, pure=False)
 """16 bytes at a `shared_address`, which is aligned → four uint32."""
 load_shared_8 = _instruction("load_shared_8", "ld.shared.v2.u32 {$0,$1}, [$2];", [_U32], [_U32] * 2, pure=False)
 load_shared_4 = _instruction("load_shared_4", "ld.shared.u32 $0, [$1];", [_U32], [_U32], pure=False)

@@ -10,6 +10,7 @@ import numpy as np
 
 from qattn import _check, backends, devices
 from qattn.attention import GGUFQAttentionWithRope
+from qattn.batch import Batch
 from qattn.cpu.threads import get_num_threads
 from qattn.errors import CacheError, GGUFError
 from qattn.gguf_file import GGUFFile
@@ -17,7 +18,7 @@ from qattn.gguf_file import open as open_gguf
 from qattn.linear import Linear
 from qattn.models import architectures
 from qattn.models.config import ModelConfig
-from qattn.ops import Batch, Precision
+from qattn.ops import Precision
 from qattn.packing import PackedMatrix
 
 Array = np.ndarray[Any, Any]

@@ -1,0 +1,107 @@
+"""Operations on CuPy arrays, by the kernels of `qattn.cuda`.  Nothing here waits for the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qattn import formats
+from qattn.array import QuantArray
+from qattn.batch import Batch
+from qattn.cuda import attention as cuda_attention
+from qattn.cuda import dequantize as cuda_dequantize
+from qattn.cuda import feed_forward
+from qattn.cuda import matmul as cuda_matmul
+from qattn.cuda import rope as cuda_rope
+from qattn.cuda.activations import Activations, quantize
+from qattn.cuda.dequantize import dequantize as dequantize
+from qattn.cuda.program import Program as Program
+from qattn.cuda.unpack import unpack as unpack_part
+from qattn.layout import CELL
+from qattn.packing import PackedMatrix, Part
+
+Array = Any
+
+
+def scratch(purpose: str, shape: tuple[int, ...]) -> Array:
+    """A float32 array with any content: CuPy's memory pool gives the same memory again and again."""
+    import cupy
+
+    return cupy.empty(shape, np.float32)
+
+
+def take_rows(weights: QuantArray, ids: Array, out: Array) -> None:
+    """out = some rows of weights, dequantized: weights (rows, columns), ids (n,) int64, out (n, columns) float32."""
+    cuda_dequantize.dequantize_rows(weights.data, ids, formats.get(weights.format), out)
+
+
+def unpack(part: Part, out: Array) -> None:
+    """Write the values of a part's rows to where they belong in out, (rows, columns) float32."""
+    unpack_part(part.packed, part.layout, out)
+
+
+def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
+    """out = x @ matrix.T: x (tokens, columns) and out (tokens, rows), float32, C-contiguous."""
+    last: Any = None
+    prepared: Any = x
+    for part in matrix.parts:
+        layout = part.layout
+        floats, group = layout.bits >= 16, min(layout.group, CELL)
+        if not floats and not exact and (group, layout.zero) != last:
+            last = group, layout.zero
+            prepared = Activations.room(len(x), x.shape[1], group)
+            quantize(layout.zero, group)(x, prepared)
+        cuda_matmul.product(layout, exact)(part.packed, x if floats or exact else prepared, out)
+
+
+def add_bias(out: Array, bias: Array) -> None:
+    """out += bias: (tokens, n) and (n,) float32."""
+    cuda_matmul.add_bias(out, bias)
+
+
+def rotate(x: Array, cos: Array, sin: Array, positions: Array, neox: bool, out: Array) -> None:
+    """out = heads rotated by the angles of their positions: see `qattn.cuda.rope`."""
+    cuda_rope.rotate(x, cos, sin, positions, neox, out)
+
+
+def rotate_and_store(qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: Any, q: Array) -> None:
+    """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cuda.rope`."""
+    run = cuda_rope.rotate_and_store(cache.params.kind)
+    run(qkv, None, 0.0, None, None, 0.0, cos, sin, batch, neox, cache.view(), cache.counts, q)
+
+
+def attend(
+    q: Array, cache: Any, row_offsets: Array, mask: Any, scale: float, *, exact: bool, out: Array | None = None
+) -> tuple[Array, Array]:
+    """Attention of the last tokens of each sequence in a cache: out (tokens, heads, value_dim), lse (tokens, heads).
+
+    q : (tokens, heads, head_dim) float32, rotated;  row_offsets : (sequences + 1,) int64
+    16-bit caches are multiplied by tensor cores, q and weights rounded to their type, unless `exact`.
+    """
+    import cupy
+
+    kind, view = cache.params.kind, cache.view()
+    storage = cuda_attention.Storage(kind, "f32" if exact else kind)
+    out = cupy.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
+    lse, slots = cupy.empty(q.shape[:2], np.float32), cupy.arange(cache.sequences)
+    shape = len(q), cache.sequences, q.shape[1], cache.params.n_kv_heads, cache.capacity, view.value_dim
+    partial = cuda_attention.Partial.room(*shape)
+    run = cuda_attention.attend(storage, type(mask))  # type: ignore[arg-type]
+    run(q, view, slots, row_offsets, cache.counts, scale, mask, out, lse, partial)
+    return out, lse
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
+    """out = x / sqrt(mean(x²) + epsilon) · weight, row by row."""
+    feed_forward.rms_norm(x, weight, epsilon, out)
+
+
+def swiglu(gate_up: Array, out: Array) -> None:
+    """out = silu(gate) · up, where gate is the first half of each row and up the second."""
+    feed_forward.swiglu(gate_up, out)
+
+
+def add(x: Array, y: Array) -> None:
+    """x += y."""
+    feed_forward.add(x, y)

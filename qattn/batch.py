@@ -1,0 +1,18 @@
+"""Where the tokens of a ragged batch belong: what layers tell the kernels of all devices."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+    """Arrays on the device that computes."""
+
+    slots: Any
+    """(tokens,) int64, the sequence in the cache."""
+    places: Any
+    """(tokens,) int64, the index in the sequence."""
+    angles: Any
+    """(tokens,) int64, the position that the rotary embedding sees."""
+    row_offsets: Any
+    """(sequences + 1,) int64, the tokens of each sequence."""

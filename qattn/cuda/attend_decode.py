@@ -1,0 +1,396 @@
+"""Attention of few new tokens, as fast as K and V can be read.
+
+A warp works on 16 keys at a time, and its lanes exchange nothing that they read.  Tensor cores want certain small
+pieces of keys and values in each lane, but do not care in which order a sum runs, nor which column is which:
+
+- q·k sums over a head's elements, in any order.  So lane 4 r + c takes the 16 bytes of key r that hold its elements
+  8 c … 8 c + 7, and they serve as the right factors of two products over 16 elements, if q is arranged alike.
+- p·v sums over keys.  The lane takes 16 bytes, elements 8 r … 8 r + 7, of keys 2 c, 2 c + 1, 2 c + 8 and 2 c + 9, which
+  is where the scores have their columns.  Two of a lane's keys are shuffled bytewise into the pairs of the right
+  factor: column r of product j is element 8 r + j of the output.
+
+So all copies are of 16 bytes, and all bytes of a sector that is read are used.  They go to shared memory without
+waiting, to slots that only the same lane reads, so that no barrier is needed: while a warp works on a step, its next
+one is on its way, 8 KiB for heads of 128.  Heads that are no multiple of 64 end with narrower pieces of the same kind.
+
+A tile has 16 rows whether they exist or not: those that don't are zeros, and are dropped.  Tensor cores do that idle
+work in the time of waiting.  The warps take turns at the keys of a block, and their sums are joined at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba import cuda, float32, int32, int64, uint16, uint32
+
+from qattn.cuda import ptx
+from qattn.cuda.attend_tiles import (
+    EMPTY,
+    HIDDEN,
+    bounds_of,
+    find_tile,
+    inverse,
+    leave_empty,
+    mask_key,
+    natural_lse,
+    part_of,
+    quad_max,
+    quad_sum,
+    row_at,
+    row_max,
+    row_min,
+)
+from qattn.cuda.kernel import Kernel, device, kernel
+from qattn.cuda.rope import narrow
+
+ROWS = 16  # of a tile
+KEYS = 16  # of a warp's step
+_SLOT = 32 * 16  # bytes: one load of each lane
+_LOW, _HIGH = 0x5410, 0x7632  # the first, and the second, 16 bits of two registers
+
+
+class Sizes(NamedTuple):
+    """How a block of a kernel for these heads is laid out."""
+
+    head_dim: int
+    value_dim: int
+
+    @property
+    def warps(self) -> int:
+        """Fewer for long heads, so that a block takes 64 KiB of shared memory, and a multiprocessor three blocks."""
+        return 4 if self.head_dim + self.value_dim <= 256 else 2
+
+    @property
+    def query_stride(self) -> int:
+        """Elements between rows of q in shared memory: 8 lanes, four of each of two rows, reach all banks."""
+        return (self.head_dim + 31) // 64 * 64 + 32
+
+    @property
+    def key_slots(self) -> int:
+        """Loads of each lane for 16 keys."""
+        return 2 * (self.head_dim // 32 + self.head_dim % 32 // 16)
+
+    @property
+    def stage(self) -> int:
+        """Bytes that the keys and values of a warp's step take."""
+        pieces = self.value_dim // 64 + self.value_dim % 64 // 32 + self.value_dim % 32 // 16
+        return (self.key_slots + 4 * pieces) * _SLOT
+
+    @property
+    def ring(self) -> int:
+        """Where in shared memory, in bytes, two steps of each warp begin; later the warps' sums."""
+        return 2 * ROWS * self.query_stride
+
+    @property
+    def peaks(self) -> int:
+        """Where each warp's largest scores begin, and behind them its sums of weights."""
+        return self.ring + self.warps * max(2 * self.stage, 4 * ROWS * self.value_dim)
+
+    def launch(self) -> dict[str, int]:
+        """The block and the shared memory of a launch."""
+        return {"block": 32 * self.warps, "shared": self.peaks + 8 * self.warps * ROWS}
+
+
+def product(kind: str) -> Any:
+    """The tensor cores' product of that type."""
+    return ptx.mma_f16 if kind == "f16" else ptx.mma_bf16
+
+
+def pack(kind: str) -> Any:
+    """Two float32 → two numbers of that type in a register."""
+    return ptx.pack_f16 if kind == "f16" else ptx.pack_bf16
+
+
+def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions (bring, multiply): 16 keys to a lane's slots at a shared address, and their products with q."""
+    head_dim, mma = sizes.head_dim, product(kind)
+    full, half, row = head_dim // 32, head_dim % 32 // 16, 2 * sizes.query_stride
+
+    @device
+    def bring(keys, at, r, c, to):  # type: ignore[no-untyped-def]
+        there = at + int64(uint32(r * head_dim + c * 8))
+        for i in range(full):
+            for tile in range(2):
+                ptx.copy_async_16(keys, there + (8 * head_dim * tile + 32 * i), to + uint32((2 * i + tile) * _SLOT))
+        if half:
+            there = at + int64(uint32(r * head_dim + c * 4))
+            for tile in range(2):
+                ptx.copy_async_8(
+                    keys, there + (8 * head_dim * tile + 32 * full), to + uint32((2 * full + tile) * _SLOT)
+                )
+
+    @device
+    def multiply(queries, from_, r, c, s):  # type: ignore[no-untyped-def]
+        """s = q · k for rows r and r + 8 and eight keys twice; `queries` is the shared address of q."""
+        for i in range(8):
+            s[i] = float32(0)
+        for i in range(full):
+            there = uint32(queries + uint32(row) * r + uint32(16) * c + uint32(64 * i))
+            q0, q1, q2, q3 = ptx.load_shared_16(there)
+            p0, p1, p2, p3 = ptx.load_shared_16(there + uint32(8 * row))
+            for tile in range(2):
+                k0, k1, k2, k3 = ptx.load_shared_16(from_ + uint32((2 * i + tile) * _SLOT))
+                t = 4 * tile
+                s[t], s[t + 1], s[t + 2], s[t + 3] = mma(q0, p0, q1, p1, k0, k1, s[t], s[t + 1], s[t + 2], s[t + 3])
+                s[t], s[t + 1], s[t + 2], s[t + 3] = mma(q2, p2, q3, p3, k2, k3, s[t], s[t + 1], s[t + 2], s[t + 3])
+        if half:
+            there = uint32(queries + uint32(row) * r + uint32(8) * c + uint32(64 * full))
+            q0, q1 = ptx.load_shared_8(there)
+            p0, p1 = ptx.load_shared_8(there + uint32(8 * row))
+            for tile in range(2):
+                k0, k1 = ptx.load_shared_8(from_ + uint32((2 * full + tile) * _SLOT))
+                t = 4 * tile
+                s[t], s[t + 1], s[t + 2], s[t + 3] = mma(q0, p0, q1, p1, k0, k1, s[t], s[t + 1], s[t + 2], s[t + 3])
+
+    return bring, multiply
+
+
+def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
+    """Device functions (bring, multiply, spread): 16 values to slots, their sums into `o`, and the sums in order.
+
+    A piece of a value is 64 elements, 8 for each r, or at the end 32 or 16, 4 or 2 for each.  `o` holds four sums for
+    each eight elements.
+    """
+    value_dim, mma = sizes.value_dim, product(kind)
+    wide, rest4, rest2 = value_dim // 64, value_dim % 64 // 32, value_dim % 32 // 16
+    slots = sizes.key_slots * _SLOT
+    start4, start2 = 64 * wide, 64 * wide + 32 * rest4
+    slot4, slot2 = slots + 4 * wide * _SLOT, slots + 4 * (wide + rest4) * _SLOT
+
+    @device
+    def bring(values, at, r, c, to):  # type: ignore[no-untyped-def]
+        for i in range(4):
+            there = at + int64(uint32((2 * c + i % 2 + i // 2 * 8) * value_dim))
+            for piece in range(wide):
+                slot = uint32(slots + (4 * piece + i) * _SLOT)
+                ptx.copy_async_16(values, there + int64(uint32(8 * r)) + 64 * piece, to + slot)
+            if rest4:
+                ptx.copy_async_8(values, there + int64(uint32(4 * r)) + start4, to + uint32(slot4 + i * _SLOT))
+            if rest2:
+                ptx.copy_async_4(values, there + int64(uint32(2 * r)) + start2, to + uint32(slot2 + i * _SLOT))
+
+    @device
+    def add_products(p, v, count, o, first):  # type: ignore[no-untyped-def]
+        """Products of 16 keys' weights with `count` columns for each r."""
+        for j in range(8):
+            if j < count:
+                w, to, half = j // 2, first + 4 * j, uint32(_HIGH if j % 2 else _LOW)
+                left, right = ptx.permute(v[w], v[4 + w], half), ptx.permute(v[8 + w], v[12 + w], half)
+                o[to], o[to + 1], o[to + 2], o[to + 3] = mma(
+                    p[0], p[1], p[2], p[3], left, right, o[to], o[to + 1], o[to + 2], o[to + 3]
+                )
+
+    @device
+    def multiply(p, from_, v, o):  # type: ignore[no-untyped-def]
+        """`v` has room for a lane's 16 words of a piece: w-th words of the four keys are w, 4 + w, 8 + w and 12 + w."""
+        for piece in range(wide):
+            for i in range(4):
+                there = from_ + uint32(slots + (4 * piece + i) * _SLOT)
+                v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3] = ptx.load_shared_16(there)
+            add_products(p, v, 8, o, 32 * piece)
+        if rest4:
+            for i in range(4):
+                v[4 * i], v[4 * i + 1] = ptx.load_shared_8(from_ + uint32(slot4 + i * _SLOT))
+            add_products(p, v, 4, o, start4 // 2)
+        if rest2:
+            for i in range(4):
+                v[4 * i] = ptx.load_shared_4(from_ + uint32(slot2 + i * _SLOT))
+            add_products(p, v, 2, o, start2 // 2)
+
+    @device
+    def spread_piece(o, width, start, factor0, factor1, sums, r, c):  # type: ignore[no-untyped-def]
+        for j in range(width):
+            a, to = start // 2 + 4 * j, uint32(r * value_dim + 2 * width * c + (start + j))
+            sums[to], sums[to + width] = o[a] * factor0, o[a + 1] * factor0
+            to = uint32(to + uint32(8 * value_dim))
+            sums[to], sums[to + width] = o[a + 2] * factor1, o[a + 3] * factor1
+
+    @device
+    def spread(o, factor0, factor1, sums, r, c):  # type: ignore[no-untyped-def]
+        """Put a warp's sums, times a factor for each row, in order: sums (16, value_dim)."""
+        for piece in range(wide):
+            spread_piece(o, 8, 64 * piece, factor0, factor1, sums, r, c)
+        if rest4:
+            spread_piece(o, 4, start4, factor0, factor1, sums, r, c)
+        if rest2:
+            spread_piece(o, 2, start2, factor0, factor1, sums, r, c)
+
+    return bring, multiply, spread
+
+
+@device
+def _weigh(s, key, first0, end0, first1, end1, state):  # type: ignore[no-untyped-def]
+    """Scores of rows r and r + 8 → weights in their place; the factors by which what came before shrinks.
+
+    key : of the first column, 2 c;  state : peaks and sums of both rows
+    """
+    peak0, peak1 = state[0], state[1]
+    for i in range(8):
+        at = int32(key + i // 4 * 8 + i % 2)
+        if i % 4 < 2:
+            s[i] = s[i] if at >= first0 and at < end0 else float32(EMPTY)
+            peak0 = max(peak0, s[i])
+        else:
+            s[i] = s[i] if at >= first1 and at < end1 else float32(EMPTY)
+            peak1 = max(peak1, s[i])
+    peak0, peak1 = quad_max(peak0), quad_max(peak1)
+    shrink0, shrink1 = ptx.exp2(float32(state[0] - peak0)), ptx.exp2(float32(state[1] - peak1))
+    state[0], state[1] = peak0, peak1
+    state[2], state[3] = state[2] * shrink0, state[3] * shrink1
+    for i in range(8):
+        s[i] = ptx.exp2(float32(s[i] - (peak0 if i % 4 < 2 else peak1)))
+        state[2 + i % 4 // 2] += s[i]
+    return shrink0, shrink1
+
+
+@functools.cache
+def block_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions (walk, finish): what a block does with its keys, and with the result."""
+    bring_keys, multiply_keys = _key_steps(kind, sizes)
+    bring_values, multiply_values, spread = _value_steps(kind, sizes)
+    head_dim, value_dim, warps, packed = sizes.head_dim, sizes.value_dim, sizes.warps, pack(kind)
+    stage, ring, sums_at, peaks_at, size = sizes.stage, sizes.ring, sizes.ring // 4, sizes.peaks // 4, ROWS * value_dim
+
+    @device
+    def walk(keys, values, base, first, end, first0, end0, first1, end1, shared, o, state):  # type: ignore[no-untyped-def]
+        """Each warp its 16 keys of a block's step from `first` on: o and state, as fragments of rows r and r + 8."""
+        s, p, v = cuda.local.array(8, float32), cuda.local.array(4, uint32), cuda.local.array(16, uint32)
+        lane, r, c = uint32(cuda.threadIdx.x & 31), uint32(cuda.threadIdx.x >> 2 & 7), uint32(cuda.threadIdx.x & 3)
+        warp = uint32(cuda.threadIdx.x >> 5)
+        queries = ptx.shared_address(shared, 0)
+        here = uint32(queries + uint32(ring) + warp * uint32(2 * stage) + lane * uint32(16))
+        other = uint32(here + uint32(stage))
+        key = int32(first + warp * KEYS)
+        for i in range(value_dim // 2):
+            o[i] = float32(0)
+        state[0], state[1], state[2], state[3] = float32(HIDDEN), float32(HIDDEN), float32(0), float32(0)
+        if key < end:
+            bring_keys(keys, (base + key) * head_dim, r, c, here)
+            bring_values(values, (base + key) * value_dim, r, c, here)
+        ptx.commit_copies()
+        while key < end:
+            after = int32(key + KEYS * warps)
+            if after < end:
+                bring_keys(keys, (base + after) * head_dim, r, c, other)
+                bring_values(values, (base + after) * value_dim, r, c, other)
+            ptx.commit_copies()
+            ptx.wait_for_older_copies()
+            multiply_keys(queries, here, r, c, s)
+            shrink0, shrink1 = _weigh(s, int32(key + 2 * c), first0, end0, first1, end1, state)
+            for i in range(value_dim // 2):
+                o[i] = o[i] * (shrink0 if i % 4 < 2 else shrink1)
+            for i in range(4):
+                p[i] = packed(s[2 * i], s[2 * i + 1])
+            multiply_values(p, here, v, o)
+            here, other = other, here
+            key = after
+
+    @device
+    def finish(  # type: ignore[no-untyped-def]
+        o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts,
+        out, lse, partial_out, partial_lse,
+    ):  # fmt: skip
+        """Join the warps' results, and write the rows."""
+        warp, r, c = uint32(cuda.threadIdx.x >> 5), uint32(cuda.threadIdx.x >> 2 & 7), uint32(cuda.threadIdx.x & 3)
+        peaks, totals = shared[peaks_at : peaks_at + warps * ROWS], shared[peaks_at + warps * ROWS :]
+        total0, total1 = quad_sum(state[2]), quad_sum(state[3])
+        if c == 0:
+            peaks[warp * ROWS + r], peaks[warp * ROWS + r + 8] = state[0], state[1]
+            totals[warp * ROWS + r], totals[warp * ROWS + r + 8] = total0, total1
+        cuda.syncthreads()  # and all have read the keys and values where the sums go
+        peak0, peak1 = float32(HIDDEN), float32(HIDDEN)
+        for w in range(warps):
+            peak0 = max(peak0, peaks[uint32(w * ROWS) + r])
+            peak1 = max(peak1, peaks[uint32(w * ROWS) + r + uint32(8)])
+        factor0, factor1 = ptx.exp2(float32(state[0] - peak0)), ptx.exp2(float32(state[1] - peak1))
+        spread(o, factor0, factor1, shared[sums_at + warp * size :], r, c)
+        cuda.syncthreads()
+        i = int32(cuda.threadIdx.x)
+        while i < size:
+            row = int32(uint32(i) // uint32(value_dim))
+            d, flat = int32(i - row * value_dim), int32(first_row + row)
+            if flat <= last_row:
+                peak, whole, value = float32(HIDDEN), float32(0), float32(0)
+                for w in range(warps):
+                    peak = max(peak, peaks[uint32(w * ROWS + row)])
+                for w in range(warps):
+                    at = uint32(w * ROWS + row)
+                    whole = float32(whole + totals[at] * ptx.exp2(float32(peaks[at] - peak)))
+                    value = float32(value + shared[uint32(sums_at + w * size + i)])
+                value = float32(value * inverse(whole))
+                to = row_at(token, flat, group, heads, first_head)
+                if parts > 1:
+                    to = to * parts + part
+                    partial_out[to * value_dim + d] = value
+                    if d == 0:
+                        partial_lse[to] = float32(peak + ptx.log2(whole)) if whole > float32(0) else float32(EMPTY)
+                else:
+                    out[to * value_dim + d] = value
+                    if d == 0:
+                        lse[to] = natural_lse(peak, whole)
+            i = int32(i + 32 * warps)
+
+    return walk, finish
+
+
+@functools.cache
+def decode_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel:
+    """The kernel for a cache of that kind, a mask, and heads of these sizes; launched with `Sizes.launch`."""
+    sizes = Sizes(head_dim, value_dim)
+    bounds, narrowed, sums = bounds_of(mask), narrow(kind), value_dim // 2
+    stride, warps = sizes.query_stride, sizes.warps
+    walk, finish = block_steps(kind, sizes)
+
+    @kernel(
+        "f32* u16* u16* i64* i64* i64* f32 f32* f32* f32* f32* i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+        f"{kind}_{mask_key(mask)}_{head_dim}_{value_dim}",
+    )
+    def decode(  # type: ignore[no-untyped-def]
+        q, keys, values, slots, row_offsets, lengths, scale, out, lse, partial_out, partial_lse,
+        sequences, heads, kv_heads, capacity, few, parts, f0, f1, f2, f3,
+    ):  # fmt: skip
+        shared, queries = cuda.shared.array(0, float32, 16), cuda.shared.array(0, uint16, 16)
+        o, state = cuda.local.array(sums, float32), cuda.local.array(4, float32)
+        group, part = int32(uint32(heads) // uint32(kv_heads)), int32(cuda.blockIdx.y)
+        number = uint32(uint32(cuda.blockIdx.x) // uint32(kv_heads))
+        head = int32(cuda.blockIdx.x - number * uint32(kv_heads))
+        sequence, tile = find_tile(row_offsets, sequences, int32(number), group, ROWS, 1, few)
+        if sequence < 0:
+            return
+        token, length, first_head = row_offsets[sequence], int32(lengths[sequence]), int32(head * group)
+        new = int32(row_offsets[sequence + 1] - token)
+        first_row, last_row = int32(tile * ROWS), int32(new * group - 1)
+
+        # What rows r and r + 8 see, and the block's part of what its rows see.
+        r, before = int32(first_row + (cuda.threadIdx.x >> 2 & 7)), int32(length - new)
+        row0, row1 = uint32(min(r, last_row)), uint32(min(r + 8, last_row))
+        first0, end0 = bounds(f0, f1, f2, f3, int32(before + row0 // uint32(group)), length)
+        first1, end1 = bounds(f0, f1, f2, f3, int32(before + row1 // uint32(group)), length)
+        first, end = part_of(row_min(min(first0, first1)), row_max(max(end0, end1)), part, parts)
+        if parts > 1 and first >= end:
+            leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, partial_lse)
+            return
+
+        row, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
+        while row < ROWS:
+            flat, d = int32(first_row + row), lane
+            from_ = row_at(token, int32(min(flat, last_row)), group, heads, first_head) * head_dim
+            factor = scale if flat <= last_row else float32(0)
+            while d < head_dim:
+                queries[uint32(row * stride + d)] = narrowed(float32(q[from_ + d] * factor))
+                d = int32(d + 32)
+            row = int32(row + warps)
+        cuda.syncthreads()
+        base = (slots[sequence] * kv_heads + head) * capacity
+        walk(
+            keys, values, base, first, end, int32(max(first0, first)), int32(min(end0, end)),
+            int32(max(first1, first)), int32(min(end1, end)), shared, o, state,
+        )  # fmt: skip
+        finish(
+            o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts,
+            out, lse, partial_out, partial_lse,
+        )  # fmt: skip
+
+    return decode

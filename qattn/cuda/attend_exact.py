@@ -1,0 +1,234 @@
+"""Attention in float32, for caches of any type and heads of any size: the exact path.
+
+A block takes rows of one sequence and KV head, four for each of its warps, and walks the keys 32 at a time.  The keys
+of a step come to shared memory 64 elements of each at a time.  For the scores a lane is a key, for the sums of values
+it is an element of the output, which lies in shared memory as well, so that no size is a part of the kernel.  What all
+lanes multiply with, queries and weights, they read four at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba import cuda, float32, int32, int64, uint32
+
+from qattn.cuda import ptx
+from qattn.cuda.attend_tiles import (
+    EMPTY,
+    HIDDEN,
+    bounds_of,
+    find_tile,
+    inverse,
+    mask_key,
+    natural_lse,
+    part_of,
+    row_at,
+    warp_max,
+)
+from qattn.cuda.kernel import Kernel, device, kernel
+from qattn.cuda.rope import ELEMENT, warp_sum
+
+ROWS = 4  # of a warp
+KEYS = 32  # of a step: a lane each
+CHUNK = 64  # elements of each key that are in shared memory at a time
+STRIDE = CHUNK + 1  # odd, so that 32 lanes reach 32 banks
+_SHARED = 96 << 10  # bytes that a block has on every GPU from 8.0 on
+
+
+class Sizes(NamedTuple):
+    """How a block for these heads is laid out."""
+
+    head_dim: int
+    value_dim: int
+
+    @property
+    def warps(self) -> int:
+        """As many as have room for their rows of q and of the output, up to four."""
+        return next((warps for warps in (4, 2) if self._bytes(warps) <= _SHARED), 1)
+
+    def _bytes(self, warps: int) -> int:
+        return 4 * (ROWS * warps * (-(-self.head_dim // 4) * 4 + self.value_dim + KEYS) + KEYS * STRIDE)
+
+    def launch(self) -> dict[str, int]:
+        """The block and the shared memory of a launch."""
+        return {"block": 32 * self.warps, "shared": self._bytes(self.warps)}
+
+
+@functools.cache
+def widen(kind: str) -> Callable[..., Any]:
+    """A cache's element → float32."""
+    if kind == "f32":
+        return device(lambda x: x)  # type: ignore[no-any-return]
+    if kind == "f16":
+        return device(lambda x: ptx.f16_to_f32(x))  # type: ignore[no-any-return]
+    return device(lambda x: ptx.float_of(uint32(x) << uint32(16)))  # type: ignore[no-any-return]
+
+
+@functools.cache
+def exact_kernel(kind: str, mask: Any) -> Kernel:
+    """The kernel for a cache of that kind, and a mask."""
+    bounds, wide = bounds_of(mask), widen(kind)
+
+    @device
+    def bring(there, at, size, start, shared):  # type: ignore[no-untyped-def]
+        """Elements start … start + 63 of 32 keys, (size) each from `at` on, to shared memory; 0 behind the last."""
+        cuda.syncthreads()
+        i = int32(cuda.threadIdx.x)
+        while i < KEYS * CHUNK:
+            key, d = int32(i >> 6), int32((i & 63) + start)
+            value = float32(0)
+            if d < size:
+                value = wide(there[at + key * size + d])
+            shared[uint32(key * STRIDE + (i & 63))] = value
+            i = int32(i + cuda.blockDim.x)
+        cuda.syncthreads()
+
+    @device
+    def score(keys, at, head_dim, row, tile, queries, s):  # type: ignore[no-untyped-def]
+        """s = the products of the warp's rows with the lane's key; `queries` is the shared address of all rows."""
+        lane, stride = int32(cuda.threadIdx.x & 31), int32((head_dim + 3) & ~3)
+        for m in range(ROWS):
+            s[m] = float32(0)
+        start = int32(0)
+        while start < head_dim:
+            bring(keys, at, head_dim, start, tile)
+            d, end = int32(0), int32(min(CHUNK, head_dim - start))
+            while d < end:
+                at_d = uint32(lane * STRIDE + d)
+                k0, k1, k2, k3 = tile[at_d], tile[at_d + 1], tile[at_d + 2], tile[at_d + 3]
+                for m in range(ROWS):
+                    q0, q1, q2, q3 = ptx.load_shared_16(queries + uint32(4 * ((row + m) * stride + start + d)))
+                    s[m] = float32(s[m] + ptx.float_of(q0) * k0 + ptx.float_of(q1) * k1)
+                    s[m] = float32(s[m] + ptx.float_of(q2) * k2 + ptx.float_of(q3) * k3)
+                d = int32(d + 4)
+            start = int32(start + CHUNK)
+
+    @device
+    def collect(values, at, value_dim, row, tile, weights, sums, factor):  # type: ignore[no-untyped-def]
+        """sums = sums · factor + weights · values for the warp's rows; `weights` is a shared address."""
+        total = cuda.local.array(ROWS, float32)
+        start = int32(0)
+        while start < value_dim:
+            bring(values, at, value_dim, start, tile)
+            d = int32(cuda.threadIdx.x & 31)
+            while d < CHUNK and d + start < value_dim:
+                for m in range(ROWS):
+                    total[m] = float32(sums[uint32((row + m) * value_dim + start + d)] * factor[m])
+                key = int32(0)
+                while key < KEYS:
+                    at_d = uint32(key * STRIDE + d)
+                    v0, v1, v2, v3 = tile[at_d], tile[at_d + STRIDE], tile[at_d + 2 * STRIDE], tile[at_d + 3 * STRIDE]
+                    for m in range(ROWS):
+                        p0, p1, p2, p3 = ptx.load_shared_16(weights + uint32(4 * ((row + m) * KEYS + key)))
+                        total[m] = float32(total[m] + ptx.float_of(p0) * v0 + ptx.float_of(p1) * v1)
+                        total[m] = float32(total[m] + ptx.float_of(p2) * v2 + ptx.float_of(p3) * v3)
+                    key = int32(key + 4)
+                for m in range(ROWS):
+                    sums[uint32((row + m) * value_dim + start + d)] = total[m]
+                d = int32(d + 32)
+            start = int32(start + CHUNK)
+
+    @kernel(
+        f"f32* {ELEMENT[kind]}* {ELEMENT[kind]}* i64* i64* i64* f32 f32* f32* f32* f32* "
+        "i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+        f"{kind}_{mask_key(mask)}",
+    )
+    def exact(  # type: ignore[no-untyped-def]
+        q, keys, values, slots, row_offsets, lengths, scale, out, lse, partial_out, partial_lse,
+        sequences, heads, kv_heads, capacity, head_dim, value_dim, few, parts, f0, f1, f2, f3,
+    ):  # fmt: skip
+        shared = cuda.shared.array(0, float32)
+        rows, warp, lane = int32(cuda.blockDim.x >> 3), int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
+        stride = int32((head_dim + 3) & ~3)
+        sums, weights = shared[rows * stride :], shared[rows * (stride + value_dim) :]
+        tile = shared[rows * (stride + value_dim + KEYS) :]
+        queries_at, weights_at = ptx.shared_address(shared, 0), ptx.shared_address(weights, 0)
+        group, part = int32(uint32(heads) // uint32(kv_heads)), int32(cuda.blockIdx.y)
+        number = uint32(uint32(cuda.blockIdx.x) // uint32(kv_heads))
+        head = int32(cuda.blockIdx.x - number * uint32(kv_heads))
+        sequence, first_row = find_tile(row_offsets, sequences, int32(number), group, rows, 1, 0x7FFFFFFF)
+        if sequence < 0:
+            return
+        new = int32(row_offsets[sequence + 1] - row_offsets[sequence])
+        if new > few:
+            if part > 0:
+                return
+            parts = int32(1)
+        length = int32(lengths[sequence])
+        first_row = int32(first_row * rows)
+        last_row = int32(new * group - 1)
+
+        # The rows, and what each sees.
+        low, high = int32(length), int32(0)
+        m = int32(0)
+        while m < rows:
+            token = int32(uint32(min(first_row + m, last_row)) // uint32(group))
+            row_first, row_end = bounds(f0, f1, f2, f3, int32(length - new + token), length)
+            low, high = int32(min(low, row_first)), int32(max(high, row_end))
+            m = int32(m + 1)
+        first, end = part_of(low, high, part, parts)
+        row = int32(warp * ROWS)
+        firsts, ends = cuda.local.array(ROWS, int32), cuda.local.array(ROWS, int32)
+        targets = cuda.local.array(ROWS, int64)
+        for m in range(ROWS):
+            flat = int32(min(first_row + row + m, last_row))
+            token = int32(uint32(flat) // uint32(group))
+            targets[m] = row_at(row_offsets[sequence], flat, group, heads, int32(head * group))
+            row_first, row_end = bounds(f0, f1, f2, f3, int32(length - new + token), length)
+            firsts[m], ends[m] = int32(max(row_first, first)), int32(min(row_end, end))
+            d = lane
+            while d < stride:
+                value = float32(0)
+                if d < head_dim:
+                    value = float32(q[targets[m] * head_dim + d] * scale)
+                shared[uint32((row + m) * stride + d)] = value
+                d = int32(d + 32)
+            d = lane
+            while d < value_dim:
+                sums[uint32((row + m) * value_dim + d)] = float32(0)
+                d = int32(d + 32)
+
+        # The online softmax, in units of log 2.
+        s, factor = cuda.local.array(ROWS, float32), cuda.local.array(ROWS, float32)
+        peak, total = cuda.local.array(ROWS, float32), cuda.local.array(ROWS, float32)
+        for m in range(ROWS):
+            peak[m], total[m] = float32(HIDDEN), float32(0)
+        base = (slots[sequence] * kv_heads + head) * capacity
+        key = first
+        while key < end:
+            score(keys, (base + key) * head_dim, head_dim, row, tile, queries_at, s)
+            for m in range(ROWS):
+                seen = key + lane >= firsts[m] and key + lane < ends[m]
+                value = s[m] if seen else float32(HIDDEN)
+                largest = max(peak[m], warp_max(value))
+                p = ptx.exp2(float32(value - largest)) if seen else float32(0)
+                factor[m] = ptx.exp2(float32(peak[m] - largest))
+                total[m] = float32(total[m] * factor[m] + p)
+                peak[m] = largest
+                weights[uint32((row + m) * KEYS + lane)] = p
+            collect(values, (base + key) * value_dim, value_dim, row, tile, weights_at, sums, factor)
+            key = int32(key + KEYS)
+
+        for m in range(ROWS):
+            whole = warp_sum(total[m])
+            if first_row + row + m <= last_row:
+                to = targets[m]
+                if parts > 1:
+                    to = targets[m] * parts + part
+                    if lane == 0:
+                        partial_lse[to] = float32(peak[m] + ptx.log2(whole)) if whole > float32(0) else float32(EMPTY)
+                elif lane == 0:
+                    lse[to] = natural_lse(peak[m], whole)
+                each = inverse(whole)
+                d = lane
+                while d < value_dim:
+                    value = float32(sums[uint32((row + m) * value_dim + d)] * each)
+                    if parts > 1:
+                        partial_out[to * value_dim + d] = value
+                    else:
+                        out[to * value_dim + d] = value
+                    d = int32(d + 32)
+
+    return exact

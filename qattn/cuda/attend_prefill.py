@@ -1,0 +1,335 @@
+"""Attention of many new tokens, on tensor cores: flash attention (Dao, 2023).
+
+A block has 128 rows, 32 for each of its four warps (half as many with heads longer than 128), and walks the keys 32 at
+a time.  A step:
+
+1. wait for the step's keys and values, and for all warps to be done with the step before: a single barrier;
+2. begin to copy the next step's to the other half of shared memory;
+3. scores = q · k in a warp's registers; q and k come from shared memory as the tensor cores want them, and a piece of k
+   serves both tiles of 16 rows;
+4. the online softmax: a row lies in four lanes, and scores become weights where they are;
+5. the output, in registers too, shrinks if a peak grew, and gains weights · v.  What a product of q and k leaves in a
+   lane is what the next one takes as its left factor, so weights never leave the registers.
+
+Rows are tokens times the heads of a group, whatever the group.  The block walks the keys that any of its rows sees;
+a warp skips steps that none of its own rows sees, and asks which keys are hidden only where some are.  Blocks with the
+most keys begin first.  Keys in shared memory are 16 bytes further apart than they are long, so that eight of them reach
+all banks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba import cuda, float32, int32, int64, uint16, uint32
+
+from qattn.cuda import ptx
+from qattn.cuda.attend_decode import pack, product
+from qattn.cuda.attend_tiles import (
+    ALL_LANES,
+    EMPTY,
+    HIDDEN,
+    bounds_of,
+    find_tile,
+    inverse,
+    mask_key,
+    natural_lse,
+    quad_max,
+    quad_sum,
+    row_at,
+    row_max,
+    row_min,
+)
+from qattn.cuda.kernel import Kernel, device, kernel
+
+WARPS = 4
+STEP = 32  # keys: with 64, a thread has no registers for their scores beside the output of two tiles of rows
+
+
+class Sizes(NamedTuple):
+    """How a block of a kernel for these heads is laid out: in at most 99 KiB of shared memory, which every GPU has."""
+
+    head_dim: int
+    value_dim: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows for each warp: two, so that what it reads of keys and values serves twice, if they fit."""
+        return 2 if max(self.head_dim, self.value_dim) <= 128 else 1
+
+    @property
+    def rows(self) -> int:
+        return 16 * WARPS * self.tiles
+
+    @property
+    def key_row(self) -> int:
+        """Bytes between keys in shared memory."""
+        return 2 * self.head_dim + 16
+
+    @property
+    def value_row(self) -> int:
+        return 2 * self.value_dim + 16
+
+    @property
+    def stage(self) -> int:
+        """Bytes of the keys and values of a step."""
+        return STEP * (self.key_row + self.value_row)
+
+    def launch(self) -> dict[str, int]:
+        """The block and the shared memory of a launch: two steps, and q."""
+        return {"block": 32 * WARPS, "shared": 2 * self.stage + 2 * self.rows * self.head_dim}
+
+
+def _bring(size: int, row: int) -> Callable[..., Any]:
+    """A device function for a block: begin to copy a step's keys to shared memory, `size` elements in `row` bytes."""
+    each, threads = size // 8, 32 * WARPS
+    rows = threads // each  # of a round: all rounds of a thread are at fixed distances
+
+    @device
+    def bring(there, at, to):  # type: ignore[no-untyped-def]
+        key = uint32(uint32(cuda.threadIdx.x) // uint32(each))
+        column = uint32(cuda.threadIdx.x - key * uint32(each))
+        from_ = at + int64(uint32(key * uint32(size) + column * uint32(8)))
+        into = uint32(to + key * uint32(row) + column * uint32(16))
+        if rows * each == threads or key < uint32(rows):
+            for i in range(0, STEP, rows):
+                if i + rows <= STEP or key < uint32(STEP - i):
+                    ptx.copy_async_16(there, from_ + i * size, into + uint32(i * row))
+
+    return bring  # type: ignore[no-any-return]
+
+
+def _scores(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions (hold, multiply) for a warp: its rows of q as left factors, and their scores.
+
+    A lane's part of a left factor is 16 bytes, which lie in shared memory lane by lane: [tile][step][lane].
+    """
+    steps, pairs, row, mma, packed = sizes.head_dim // 16, STEP // 16, sizes.key_row, product(kind), pack(kind)
+    tiles, count = sizes.tiles, STEP // 2
+
+    @device
+    def hold(q, row, scale, to):  # type: ignore[no-untyped-def]
+        """A row begins at q[row]; `to` is the shared address of the lane's first word of it, others lie 8 further."""
+        start = row + int64(uint32(2 * (cuda.threadIdx.x & 3)))
+        for i in range(2 * steps):
+            first, second = ptx.load_8(q, start + 8 * i)
+            word = packed(ptx.float_of(first) * scale, ptx.float_of(second) * scale)
+            ptx.store_shared_4(to + uint32(512 * (i // 2) + 8 * (i % 2)), word)
+
+    @device
+    def multiply(q_at, k_at, a, s):  # type: ignore[no-untyped-def]
+        """s = the scores of a step; q_at and k_at are the lane's shared addresses."""
+        for i in range(tiles * count):
+            s[i] = float32(0)
+        for step in range(steps):
+            for m in range(tiles):
+                there = q_at + uint32(512 * (steps * m + step))
+                a[4 * m], a[4 * m + 1], a[4 * m + 2], a[4 * m + 3] = ptx.load_shared_16(there)
+            for pair in range(pairs):
+                k0, k1, k2, k3 = ptx.load_matrix(k_at + uint32(16 * row * pair + 32 * step))
+                for m in range(tiles):
+                    f, t = 4 * m, count * m + 8 * pair
+                    s[t], s[t + 1], s[t + 2], s[t + 3] = mma(
+                        a[f], a[f + 1], a[f + 2], a[f + 3], k0, k2, s[t], s[t + 1], s[t + 2], s[t + 3]
+                    )
+                    s[t + 4], s[t + 5], s[t + 6], s[t + 7] = mma(
+                        a[f], a[f + 1], a[f + 2], a[f + 3], k1, k3, s[t + 4], s[t + 5], s[t + 6], s[t + 7]
+                    )
+
+    return hold, multiply
+
+
+def _softmax(sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions (hide, weigh) on a step's scores.  A lane's rows 2 m and 2 m + 1 are r and r + 8 of tile m."""
+    count, rows = STEP // 4, 2 * sizes.tiles
+
+    @device
+    def at(row, i):  # type: ignore[no-untyped-def]
+        """Where score i of a row is."""
+        return row // 2 * (2 * count) + i // 2 * 4 + row % 2 * 2 + i % 2
+
+    @device
+    def hide(s, key, seen, place):  # type: ignore[no-untyped-def]
+        """Scores outside of a row's bounds; `key` is the lane's first, and the first row's bounds are seen[place]."""
+        for row in range(rows):
+            first, end = seen[uint32(place + 24 * row)], seen[uint32(place + 24 * row + 1)]
+            for i in range(count):
+                k = int32(key + i // 2 * 8 + i % 2)
+                if k < first or k >= end:
+                    s[at(row, i)] = float32(EMPTY)
+
+    @device
+    def weigh(s, peaks, totals, shrinks):  # type: ignore[no-untyped-def]
+        """Scores → weights in their place, and the factors by which what came before shrinks."""
+        for row in range(rows):
+            peak = peaks[row]
+            for i in range(count):
+                peak = max(peak, s[at(row, i)])
+            peak = quad_max(peak)
+            shrinks[row] = ptx.exp2(float32(peaks[row] - peak))
+            peaks[row] = peak
+            total = float32(totals[row] * shrinks[row])
+            for i in range(count):
+                s[at(row, i)] = ptx.exp2(float32(s[at(row, i)] - peak))
+                total = float32(total + s[at(row, i)])
+            totals[row] = total
+
+    return hide, weigh
+
+
+def _collector(kind: str, sizes: Sizes) -> Callable[..., Any]:
+    """A device function for a warp: its output shrinks, and gains weights · values."""
+    steps, pairs, stride, mma, packed = STEP // 16, sizes.value_dim // 16, sizes.value_row, product(kind), pack(kind)
+    tiles, count, sums = sizes.tiles, STEP // 2, sizes.value_dim // 2
+
+    @device
+    def collect(s, shrinks, v_at, a, o):  # type: ignore[no-untyped-def]
+        least = float32(1)
+        for row in range(2 * tiles):
+            least = min(least, shrinks[row])
+        if cuda.any_sync(ALL_LANES, least < float32(1)):  # peaks of many keys seldom grow
+            for m in range(tiles):
+                for i in range(0, sums, 4):
+                    t = sums * m + i
+                    o[t], o[t + 1] = o[t] * shrinks[2 * m], o[t + 1] * shrinks[2 * m]
+                    o[t + 2], o[t + 3] = o[t + 2] * shrinks[2 * m + 1], o[t + 3] * shrinks[2 * m + 1]
+        for step in range(steps):
+            for m in range(tiles):
+                for i in range(4):
+                    t = count * m + 8 * step + 2 * i
+                    a[4 * m + i] = packed(s[t], s[t + 1])
+            for pair in range(pairs):
+                v0, v1, v2, v3 = ptx.load_matrix_transposed(v_at + uint32(16 * stride * step + 32 * pair))
+                for m in range(tiles):
+                    f, t = 4 * m, sums * m + 8 * pair
+                    o[t], o[t + 1], o[t + 2], o[t + 3] = mma(
+                        a[f], a[f + 1], a[f + 2], a[f + 3], v0, v1, o[t], o[t + 1], o[t + 2], o[t + 3]
+                    )
+                    o[t + 4], o[t + 5], o[t + 6], o[t + 7] = mma(
+                        a[f], a[f + 1], a[f + 2], a[f + 3], v2, v3, o[t + 4], o[t + 5], o[t + 6], o[t + 7]
+                    )
+
+    return collect  # type: ignore[no-any-return]
+
+
+@device
+def _block_range(ranges):  # type: ignore[no-untyped-def]
+    """The least first key and the largest end of the warps' rows."""
+    low, high = ranges[0], ranges[1]
+    for w in range(4, 4 * WARPS, 4):
+        low, high = int32(min(low, ranges[w])), int32(max(high, ranges[w + 1]))
+    return low, high
+
+
+@functools.cache
+def prefill_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel:
+    """The kernel for a cache of that kind, a mask, and heads of these sizes; launched with `Sizes.launch`."""
+    sizes = Sizes(head_dim, value_dim)
+    key_row, value_row, stage, tiles = sizes.key_row, sizes.value_row, sizes.stage, sizes.tiles
+    bounds, collect, (hide, weigh) = bounds_of(mask), _collector(kind, sizes), _softmax(sizes)
+    hold, multiply = _scores(kind, sizes)
+    bring_keys, bring_values = _bring(head_dim, key_row), _bring(value_dim, value_row)
+    values_at, factors, sums, block_rows, rows = STEP * key_row, 4 * tiles, value_dim // 2, sizes.rows, 2 * tiles
+    all_scores, all_sums, all_ranges, all_bounds = tiles * STEP // 2, tiles * value_dim // 2, 4 * WARPS, 3 * block_rows
+
+    @kernel(
+        "f32* u16* u16* i64* i64* i64* f32 f32* f32* i32 i32 i32 i32 i32 i32 i32 i32 i32",
+        f"{kind}_{mask_key(mask)}_{head_dim}_{value_dim}",
+    )
+    def prefill(  # type: ignore[no-untyped-def]
+        q, keys, values, slots, row_offsets, lengths, scale, out, lse,
+        sequences, heads, kv_heads, capacity, few, f0, f1, f2, f3,
+    ):  # fmt: skip
+        shared, ranges = cuda.shared.array(0, uint16, 16), cuda.shared.array(all_ranges, int32)  # by warp: see below
+        a, s, o = (
+            cuda.local.array(factors, uint32),
+            cuda.local.array(all_scores, float32),
+            cuda.local.array(all_sums, float32),
+        )
+        seen = cuda.shared.array(all_bounds, int32)  # by row: its first key, the end, and where it is in q; or -1
+        peaks, totals, shrinks = (
+            cuda.local.array(rows, float32),
+            cuda.local.array(rows, float32),
+            cuda.local.array(rows, float32),
+        )
+        group, block = uint32(uint32(heads) // uint32(kv_heads)), uint32(cuda.gridDim.x - 1 - cuda.blockIdx.x)
+        number = uint32(block // uint32(kv_heads))
+        head = int32(block - number * uint32(kv_heads))
+        sequence, tile = find_tile(
+            row_offsets, sequences, int32(number), int32(group), block_rows, int32(few + 1), 0x7FFFFFFF
+        )
+        if sequence < 0:
+            return
+        token, length = row_offsets[sequence], int32(lengths[sequence])
+        new = int32(row_offsets[sequence + 1] - token)
+        warp, lane = uint32(cuda.threadIdx.x >> 5), uint32(cuda.threadIdx.x & 31)
+
+        # The lane's rows, copies of the last where there are no more, and what they see.
+        here = ptx.shared_address(shared, 0)
+        q_lane = uint32(here + uint32(2 * stage) + warp * uint32(32 * tiles * head_dim) + lane * uint32(16))
+        local_row = uint32(warp * (16 * tiles) + (lane >> 2))
+        last, first_row = int32(new * group - 1), int32(tile * block_rows + local_row)
+        low, high, all_first, all_end = int32(length), int32(0), int32(0), int32(length)
+        for row in range(rows):
+            flat = int32(min(first_row + 8 * row, last))
+            first, end = bounds(f0, f1, f2, f3, int32(length - new + uint32(flat) // group), length)
+            low, high = int32(min(low, first)), int32(max(high, end))
+            all_first, all_end = int32(max(all_first, first)), int32(min(all_end, end))
+            target = row_at(token, flat, group, heads, int32(head * group))
+            if lane & 3 == 0:
+                at = uint32(3 * (local_row + 8 * row))
+                seen[at], seen[at + 1] = first, end
+                seen[at + 2] = int32(target) if first_row + 8 * row <= last else int32(-1)
+            peaks[row], totals[row] = float32(HIDDEN), float32(0)
+            to = q_lane + uint32(32 * head_dim * (row // 2) + 4 * (row % 2))
+            hold(q, target * head_dim, scale, to)
+        low, high, all_first, all_end = row_min(low), row_max(high), row_max(all_first), row_min(all_end)
+        mine = uint32(4 * warp)
+        if lane == 0:
+            ranges[mine], ranges[mine + 1], ranges[mine + 2], ranges[mine + 3] = low, high, all_first, all_end
+        cuda.syncthreads()
+        key, end = _block_range(ranges)
+        key = int32(key & ~(STEP - 1))
+
+        # The lane's rows of 8 × 8 matrices: two of keys, times two of elements.
+        k_lane = uint32(lane & 15) * uint32(key_row) + uint32((lane >> 4) * 16)
+        v_lane = uint32(lane & 15) * uint32(value_row) + uint32((lane >> 4) * 16 + values_at)
+        base = (slots[sequence] * kv_heads + head) * capacity
+        if key < end:
+            bring_keys(keys, (base + key) * head_dim, here)
+            bring_values(values, (base + key) * value_dim, here + uint32(values_at))
+        ptx.commit_copies()
+        for i in range(all_sums):
+            o[i] = float32(0)
+        other = uint32(here + uint32(stage))
+        while key < end:
+            ptx.wait_for_copies()
+            cuda.syncthreads()
+            after = int32(key + STEP)
+            if after < end:
+                bring_keys(keys, (base + after) * head_dim, other)
+                bring_values(values, (base + after) * value_dim, other + uint32(values_at))
+            ptx.commit_copies()
+            if key < ranges[mine + 1] and after > ranges[mine]:
+                multiply(q_lane, here + k_lane, a, s)
+                if key < ranges[mine + 2] or after > ranges[mine + 3]:
+                    hide(s, int32(key + 2 * (lane & 3)), seen, uint32(3 * local_row))
+                weigh(s, peaks, totals, shrinks)
+                collect(s, shrinks, here + v_lane, a, o)
+            key = after
+            here, other = other, here
+
+        for row in range(rows):
+            total = quad_sum(totals[row])
+            each, target = inverse(total), int64(seen[uint32(3 * (local_row + 8 * row) + 2)])
+            if target >= 0:
+                to = target * value_dim + int64(2 * (lane & 3))
+                for i in range(0, sums, 4):
+                    at = sums * (row // 2) + 2 * (row % 2) + i
+                    ptx.store_8(out, to + 2 * i, ptx.bits_of(o[at] * each), ptx.bits_of(o[at + 1] * each))
+                if lane & 3 == 0:
+                    lse[target] = natural_lse(peaks[row], total)
+
+    return prefill

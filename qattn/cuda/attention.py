@@ -1,0 +1,292 @@
+"""Softmax attention over a KV cache in the memory of a GPU.
+
+In NumPy, for one query row q (head_dim,) that sees keys k (n, head_dim) and values v (n, value_dim)::
+
+    score = k @ q * scale
+    weight = exp(score - score.max())
+    out = weight @ v / weight.sum()
+    lse = log(weight.sum()) + score.max()
+
+No kernel ever holds all scores of a row.  It walks the keys in steps and keeps a running maximum, a running sum, and a
+sum of weighted values, and shrinks the last two when the maximum grows (online softmax; Milakov and Gimelshein, 2018).
+Scores are kept in units of log 2, since exp2 is an instruction and exp is not: log2(e) is a part of the scale.
+
+*Rows.*  All query heads of a KV head (a group) see the same keys.  So the rows of a KV head are its new tokens times
+the heads of its group, and a tile of rows reads K and V once for all of them.  Each row has its own bounds, a first
+key and an end, from the mask.  Steps that no row sees are skipped; where a step is partly seen, the hidden scores
+weigh 0.  Stale numbers behind a sequence's end are read and weigh 0, too: they only have to be finite.
+
+*Three kernels*, between which `path` and `Plan` choose:
+
+`attend_decode`
+    Few new tokens: reading K and V takes all the time.  A tile has 16 rows, mostly the heads of a group, and its keys
+    are cut into parts, for otherwise a GPU would be mostly idle: a block each.  A part's result is normalized, and
+    `merge` weighs the parts by their log-sum-exp (eq. 4 there), in order, so that the bits are the same each time.
+`attend_prefill`
+    Many new tokens: arithmetic takes the time.  A tile has 128 rows (64 with long heads), K and V come to shared memory
+    while the step before is worked on, and products run on tensor cores (flash attention; Dao, 2023).
+`attend_exact`
+    Everything in float32, for float32 caches, heads that the others don't take, and where float32 is asked for.
+
+A step of one token for each sequence has a fourth, `attend_fused`, which is `attend_decode` that rotates and stores the
+token as well.  All but the exact one round queries and weights to the cache's type, float16 or bfloat16, and sum in
+float32: with float16, a scaled query must stay below 65504.  They take heads of multiples of 16, up to 256.
+
+The host never reads what is on the device.  How many new tokens and keys a sequence has, only the kernels know; grids
+and the number of parts come from shapes and the cache's capacity.  A block finds its sequence in `row_offsets`, and
+blocks for which nothing is left end at once.  So all launches can be captured in a CUDA graph and replayed while the
+sequences grow.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba import cuda, float32, int32, int64, uint32
+
+from qattn.batch import Batch
+from qattn.cuda import attend_decode, attend_exact, attend_fused, attend_prefill, ptx
+from qattn.cuda.attend_tiles import (
+    EMPTY,
+    LOG2E,
+    SPLIT_BLOCK,
+    find_sequence,
+    inverse,
+    mask_fields,
+    natural_lse,
+    warp_max,
+)
+from qattn.cuda.kernel import kernel
+from qattn.cuda.rope import NO_CLIP, flags_of, rotate_and_store, warp_sum
+
+FEW = 4  # new tokens of each sequence, on average, up to which reading K and V is what takes the time
+MAX_PARTS = 128  # of a tile's keys: a thread each in `merge`
+_WARPS = MAX_PARTS // 32
+_BLOCKS = 1024  # that keep the largest GPU busy: 132 multiprocessors, two to four blocks each, two rounds or more
+Array = Any
+
+
+class CacheView(NamedTuple):
+    """A cache, as kernels see it: C-contiguous arrays on the device, keys rotated."""
+
+    keys: Array
+    """(sequences, kv_heads, capacity, head_dim), float32 or float16, or bfloat16 as uint16; capacity in 64s."""
+    values: Array
+    """(sequences, kv_heads, capacity, value_dim), likewise."""
+    head_dim: int
+    value_dim: int
+
+
+class Storage(NamedTuple):
+    """How a kernel reads a cache: what an element is, and what the products are computed in."""
+
+    kind: str
+    """"f32", "f16" or "bf16"."""
+    compute: str
+    """"f32", or what `kind` is: both factors rounded to that, and summed in float32."""
+
+
+class Plan(NamedTuple):
+    """What is launched for a batch, from shapes alone."""
+
+    few: int
+    """Sequences with at most so many new tokens go the decode way; 0: none does."""
+    tiles: int
+    """Decode tiles of a KV head: at least as many as there are."""
+    parts: int
+    """Into how many parts their keys are cut at most."""
+    prefill: bool
+    """There may be sequences with more new tokens."""
+
+    @classmethod
+    def of(cls, tokens: int, sequences: int, heads: int, kv_heads: int, capacity: int) -> Plan:
+        group = heads // kv_heads
+        if tokens <= FEW * sequences:
+            few, most = tokens, tokens
+        else:
+            few, most = (0, 0) if sequences == 1 else (1, min(sequences, tokens))
+        each = -(-group // attend_decode.ROWS)
+        tiles = min(most * each, (most * group + (attend_decode.ROWS - 1) * sequences) // attend_decode.ROWS)
+        parts = min(_BLOCKS // max(tiles * kv_heads, 1), capacity // SPLIT_BLOCK, MAX_PARTS)
+        return cls(few, tiles, max(parts, 1), few < tokens)
+
+
+class Partial(NamedTuple):
+    """Results of the parts that a row's keys are cut into, normalized each."""
+
+    out: Array
+    """(rows, parts, value_dim) float32, rows = tokens · heads."""
+    lse: Array
+    """(rows, parts) float32, in units of log 2."""
+
+    @classmethod
+    def room(cls, tokens: int, sequences: int, heads: int, kv_heads: int, capacity: int, value_dim: int) -> Partial:
+        """Arrays for batches of that shape over a cache of that capacity."""
+        import cupy
+
+        parts = Plan.of(tokens, sequences, heads, kv_heads, capacity).parts
+        shape = (tokens * heads if parts > 1 else 0, parts)
+        return cls(cupy.empty((*shape, value_dim), "f4"), cupy.empty(shape, "f4"))
+
+
+def path(storage: Storage, head_dim: int, value_dim: int) -> str:
+    """Which kernels a cache and its heads get: "tensor" or "exact"."""
+    fits = all(size % 16 == 0 and size <= 256 for size in (head_dim, value_dim))
+    return "tensor" if storage.compute == storage.kind != "f32" and fits else "exact"
+
+
+@functools.cache
+def attend(storage: Storage, mask: Any) -> Callable[..., None]:
+    """The attention of a storage and a mask.
+
+    It is ``run(q, cache, slots, row_offsets, lengths, scale, mask, out, lse, partial)``:
+
+    q : (tokens, heads, head_dim) float32, rotated;  cache : CacheView
+    slots, lengths : (sequences,) int64, where a sequence lies in the cache, and its keys, the new ones included
+    row_offsets : (sequences + 1,) int64, the batch's tokens of each sequence
+    mask : the instance for `mask`, its class
+    out : (tokens, heads, value_dim) float32;  lse : (tokens, heads) float32, natural logarithms; both overwritten
+    partial : `Partial` with room for the batch's shape, overwritten
+
+    Cost: decoding, K and V of a sequence once for 16 rows; else once for 128, or 64.  The bits of a token depend on the
+    batch's shape and on the capacity, through the kernel and the number of parts, but not on what else is in the batch.
+    """
+
+    def run(
+        q: Array, cache: CacheView, slots: Array, row_offsets: Array, lengths: Array, scale: float, mask_: Any,
+        out: Array, lse: Array, partial: Partial,
+    ) -> None:  # fmt: skip
+        tokens, heads, head_dim = q.shape
+        sequences = row_offsets.shape[0] - 1
+        _, kv_heads, capacity, value_dim = cache.values.shape
+        plan = Plan.of(tokens, sequences, heads, kv_heads, capacity)
+        group = heads // kv_heads
+        arrays = (q, cache.keys, cache.values, slots, row_offsets, lengths, scale * LOG2E, out, lse)
+        shape = (sequences, heads, kv_heads, capacity)
+        split = (*partial, *shape)
+        fields = mask_fields(mask_)
+        if path(storage, head_dim, value_dim) == "exact":
+            sizes = attend_exact.Sizes(head_dim, value_dim)
+            rows = attend_exact.ROWS * sizes.warps
+            tiles = min(tokens * -(-group // rows), (tokens * group + (rows - 1) * sequences) // rows)
+            attend_exact.exact_kernel(storage.kind, mask)(
+                *arrays, *split, head_dim, value_dim, plan.few, plan.parts, *fields,
+                grid=(tiles * kv_heads, plan.parts), **sizes.launch(),
+            )  # fmt: skip
+        else:
+            if plan.few:
+                attend_decode.decode_kernel(storage.kind, mask, head_dim, value_dim)(
+                    *arrays, *split, plan.few, plan.parts, *fields,
+                    grid=(plan.tiles * kv_heads, plan.parts), **attend_decode.Sizes(head_dim, value_dim).launch(),
+                )  # fmt: skip
+            if plan.prefill:
+                prefill = attend_prefill.Sizes(head_dim, value_dim)
+                tiles = (tokens * group + (prefill.rows - 1) * min(sequences, tokens)) // prefill.rows
+                attend_prefill.prefill_kernel(storage.kind, mask, head_dim, value_dim)(
+                    *arrays, *shape, plan.few, *fields,
+                    grid=tiles * kv_heads, **prefill.launch(),
+                )  # fmt: skip
+        if plan.few and plan.parts > 1:
+            _merge_parts(partial, row_offsets, plan, out, lse)
+
+    return run
+
+
+@functools.cache
+def rotate_and_attend(storage: Storage, mask: Any) -> Callable[..., None]:
+    """A decode step, from projected rows: rotation, write to the cache and attention, with the bits of the two steps.
+
+    It is ``run(qkv, bias, clip, q_norm, k_norm, epsilon, cos, sin, batch, neox, cache, lengths, scale, mask, out, lse,
+    partial, q)``: arguments as in `qattn.cuda.rope.rotate_and_store` and in `attend`, and
+
+    batch : `Batch` with one new token for each sequence, token t in slots[t], no slot twice
+    lengths : by slot, the new tokens not yet counted in; updated
+    q : (tokens, heads, head_dim) float32, overwritten where the exact path needs it
+
+    Cost: a launch that reads K and V once, and a small one that merges parts.
+    """
+    rotate, then = rotate_and_store(storage.kind), attend(storage, mask)
+
+    def run(
+        qkv: Array, bias: Array, clip: float | None, q_norm: Array, k_norm: Array, epsilon: float, cos: Array,
+        sin: Array, batch: Batch, neox: bool, cache: CacheView, lengths: Array, scale: float, mask_: Any, out: Array,
+        lse: Array, partial: Partial, q: Array,
+    ) -> None:  # fmt: skip
+        tokens, heads, value_dim = out.shape
+        _, kv_heads, capacity, head_dim = cache.keys.shape
+        if path(storage, head_dim, value_dim) == "exact":
+            rotate(qkv, bias, clip, q_norm, k_norm, epsilon, cos, sin, batch, neox, cache, lengths, q)
+            keys = lengths.take(batch.slots)
+            then(q, cache, batch.slots, batch.row_offsets, keys, scale, mask_, out, lse, partial)
+            return
+        plan = Plan.of(tokens, tokens, heads, kv_heads, capacity)
+        attend_fused.fused_kernel(storage.kind, mask, head_dim, value_dim)(
+            qkv, bias, clip or NO_CLIP, q_norm, k_norm, epsilon, cos, sin, batch.slots, batch.places, batch.angles,
+            cache.keys, cache.values, lengths, scale * LOG2E, out, lse, *partial, heads, kv_heads, capacity,
+            cos.shape[1], flags_of(bias, q_norm, k_norm, neox), plan.parts, *mask_fields(mask_),
+            grid=(plan.tiles * kv_heads, plan.parts), **attend_decode.Sizes(head_dim, value_dim).launch(),
+        )  # fmt: skip
+        if plan.parts > 1:
+            _merge_parts(partial, batch.row_offsets, plan, out, lse)
+
+    return run
+
+
+def _merge_parts(partial: Partial, row_offsets: Array, plan: Plan, out: Array, lse: Array) -> None:
+    tokens, heads, value_dim = out.shape
+    merge(
+        *partial, row_offsets, out, lse, row_offsets.shape[0] - 1, tokens, heads, value_dim, plan.few, plan.parts,
+        grid=tokens * heads, block=MAX_PARTS,
+    )  # fmt: skip
+
+
+@kernel("f32* f32* i64* f32* f32* i32 i32 i32 i32 i32 i32")
+def merge(partial_out, partial_lse, row_offsets, out, lse, sequences, tokens, heads, value_dim, few, parts):  # type: ignore[no-untyped-def]
+    """Combine the parts of a row, in the order of their keys: a block for each row, a thread for each part.
+
+    Rows of sequences with more than `few` new tokens have no parts, and are left alone.
+    """
+    row, i, warp = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x), uint32(cuda.threadIdx.x >> 5)
+    if few < tokens:
+        token = int32(uint32(row) // uint32(heads))
+        sequence = find_sequence(row_offsets, sequences, token)
+        if row_offsets[sequence + 1] - row_offsets[sequence] > few:
+            return
+    peaks, sums = cuda.shared.array(_WARPS, float32), cuda.shared.array(_WARPS, float32)
+    weights = cuda.shared.array(MAX_PARTS, float32)
+    mine = float32(EMPTY)
+    if i < parts:
+        mine = partial_lse[int64(row) * parts + i]
+    largest, lane = warp_max(mine), int32(i & 31)
+    if lane == 0:
+        peaks[warp] = largest
+    cuda.syncthreads()
+    for w in range(_WARPS):
+        largest = max(largest, peaks[w])
+    weight = float32(0)
+    if mine > float32(EMPTY):
+        weight = ptx.exp2(float32(mine - largest))
+    weights[uint32(i)] = weight
+    whole = warp_sum(weight)
+    if lane == 0:
+        sums[warp] = whole
+    cuda.syncthreads()
+    whole = float32(0)
+    for w in range(_WARPS):
+        whole = float32(whole + sums[w])
+    each, d = inverse(whole), i
+    while d < value_dim:
+        total, part = float32(0), int32(0)
+        at = int64(row) * parts * value_dim + d
+        while part < parts:
+            weight = weights[uint32(part)]
+            if weight > float32(0):  # the others' parts were not written
+                total = float32(total + weight * partial_out[at])
+            at += value_dim
+            part = int32(part + 1)
+        out[int64(row) * value_dim + d] = float32(total * each)
+        d = int32(d + MAX_PARTS)
+    if i == 0:
+        lse[row] = natural_lse(largest, whole)

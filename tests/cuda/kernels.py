@@ -1,0 +1,47 @@
+"""Every CUDA kernel, or the representatives of those that are generated for any head size or mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qattn import formats
+from qattn.cuda import (
+    activations,
+    attend_decode,
+    attend_exact,
+    attend_fused,
+    attend_prefill,
+    attention,
+    dequantize,
+    feed_forward,
+    matmul,
+    rope,
+    unpack,
+)
+from qattn.cuda.kernel import Kernel
+from qattn.masks.causal import Causal
+from qattn.packing import layout_of
+
+BLOCK_FORMATS = [formats.get(name) for name in formats.names() if not formats.get(name).is_float]
+LAYOUTS = list(dict.fromkeys(layout_of(format) for format in BLOCK_FORMATS))
+SOME = [formats.get(name) for name in ("Q4_0", "Q6_K")]  # for kinds of results that differ in the last step only
+
+
+def all_kernels() -> Iterator[Kernel]:
+    """The kernels, not yet compiled."""
+    for kind in ("f32", "f16", "bf16"):
+        chosen = BLOCK_FORMATS if kind == "f16" else SOME
+        yield from (dequantize.blocks_kernel(format, kind) for format in chosen)
+        yield from (unpack.unpack_kernel(layout, kind) for layout in dict.fromkeys(map(layout_of, chosen)))
+        yield from (attend_exact.exact_kernel(kind, Causal), rope.store_kernel(kind))
+    for layout in LAYOUTS:
+        yield from (matmul.decode_kernel(layout, tokens) for tokens in (1, 8, 16))
+        yield from (matmul.prefill_kernel(layout), matmul_exact.exact_kernel(layout))
+    for zero, groups in dict.fromkeys((layout.zero, max(1, 32 // layout.group)) for layout in LAYOUTS):
+        yield activations.quantize_kernel(zero, groups)
+    for kind in ("f16", "bf16"):
+        for dim in (64, 128) if kind == "f16" else (128,):
+            for made in (attend_decode.decode_kernel, attend_fused.fused_kernel, attend_prefill.prefill_kernel):
+                yield made(kind, Causal, dim, dim)
+    for module in (attention, feed_forward, matmul, rope):
+        yield from (value for value in vars(module).values() if isinstance(value, Kernel))

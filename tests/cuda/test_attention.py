@@ -1,0 +1,345 @@
+"""Attention over a cache on a GPU, against float64 on the numbers that the cache holds."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qattn.cuda import attend_exact, attend_tiles
+from qattn.cuda import attention as cuda_attention
+from qattn.cuda.attention import Plan, Storage, path
+from qattn.cuda.rope import rotate_and_store
+from qattn.masks.causal import Causal
+from qattn.masks.null import Null
+from qattn.rope import RotaryEmbedding
+from tests import reference
+from tests.cuda.test_rope import Step, View, widened
+from tests.reference import nmse
+from tests.strategies import normal
+
+one_cupy = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+NMSE = {"f32": 2e-12, "f16": 1e-5, "bf16": 1e-4}  # rounding q and the weights to float16, or bfloat16
+
+LSE = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2}  # q·k of about 1, with q rounded, and log2 to 2e-7 of itself
+
+
+class Window(NamedTuple):
+    """A mask with a field that qattn doesn't know."""
+
+    window: int
+
+    def bounds(self, query, keys):
+        return max(0, query - self.window + 1), query + 1
+
+
+class Before(NamedTuple):
+    """A query sees the keys that lie at least `gap` before it; the first ones see nothing."""
+
+    gap: int
+
+    def bounds(self, query, keys):
+        return 0, query + 1 - self.gap
+
+
+MASKS = [Causal(), Null(), Window(37), Window(1), Before(5)]
+
+
+class Case(NamedTuple):
+    """A ragged batch over a cache of random numbers: behind each sequence's end, too."""
+
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    new: tuple[int, ...]
+    before: tuple[int, ...]
+    capacity: int = 0
+    exact: bool = False
+
+    @property
+    def storage(self):
+        return Storage(self.kind, "f32" if self.exact else self.kind)
+
+    @property
+    def lengths(self):
+        return np.add(self.new, self.before)
+
+    @property
+    def room(self):
+        return self.capacity or -(-int(self.lengths.max()) // 64) * 64
+
+    def arrays(self, cupy, seed=0):
+        """q and the cache."""
+        slots = len(self.new) + 1
+        q = cupy.asarray(normal((sum(self.new), self.heads, self.head_dim), seed))
+        made = []
+        for i, size in enumerate((self.head_dim, self.value_dim)):
+            x = normal((slots, self.kv_heads, self.room, size), seed + i + 1)
+            if self.kind == "bf16":
+                x = (x.view(np.uint32) >> 16).astype(np.uint16)
+            made.append(cupy.asarray(x if self.kind != "f16" else x.astype(np.float16)))
+        return q, View(*made, self.head_dim, self.value_dim)
+
+    @property
+    def slots(self):
+        """Sequences lie in the cache in another order than in the batch."""
+        return np.arange(len(self.new))[::-1] + 1
+
+    def run(self, cupy, mask, q, cache, scale=None):
+        offsets = cupy.asarray(np.concatenate([[0], np.cumsum(self.new)]))
+        tokens = len(q)
+        out = cupy.full((tokens, self.heads, self.value_dim), np.nan, "f4")
+        lse = cupy.full((tokens, self.heads), np.nan, "f4")
+        partial = cuda_attention.Partial.room(
+            tokens, len(self.new), self.heads, self.kv_heads, self.room, self.value_dim
+        )  # fmt: skip
+        run = cuda_attention.attend(self.storage, type(mask))
+        scale = self.head_dim**-0.5 if scale is None else scale
+        slots, lengths = cupy.asarray(self.slots), cupy.asarray(self.lengths)
+        run(q, cache, slots, offsets, lengths, scale, mask, out, lse, partial)
+        return out.get(), lse.get()
+
+    def expected(self, mask, q, cache, scale=None):
+        keys, values, starts = widened(self.kind, cache.keys), widened(self.kind, cache.values), np.cumsum(self.new)
+        outs, lses = [], []
+        for slot, new, length, stop in zip(self.slots, self.new, self.lengths, starts, strict=True):
+            bounds = [mask.bounds(length - new + i, length) for i in range(new)]
+            seen = np.array([[first <= key < end for key in range(length)] for first, end in bounds])
+            k, v = (a[slot, :, :length].transpose(1, 0, 2) for a in (keys, values))
+            seen = seen.reshape(new, length)
+            out, lse = reference.attention(
+                q.get()[stop - new : stop], k, v, self.head_dim**-0.5 if scale is None else scale, seen
+            )
+            outs.append(out)
+            lses.append(lse)
+        return np.concatenate(outs), np.concatenate(lses)
+
+    def check(self, cupy, mask, seed=0):
+        q, cache = self.arrays(cupy, seed)
+        out, lse = self.run(cupy, mask, q, cache)
+        want, want_lse = self.expected(mask, q, cache)
+        limit = NMSE["f32" if self.exact else self.kind]
+        assert nmse(out, want) <= limit
+        seen = np.isfinite(want_lse)
+        assert np.array_equal(np.isneginf(lse), ~seen)
+        assert np.abs(lse[seen] - want_lse[seen]).max(initial=0) < LSE["f32" if self.exact else self.kind]
+        assert not out[~seen].any()
+
+
+def decode(kind, group, head_dim, value_dim, before, **more):
+    """One new token for each sequence."""
+    return Case(kind, 2 * group, 2, head_dim, value_dim, (1,) * len(before), tuple(before), **more)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
+def test_a_token_attends(cupy, kind, mask):
+    decode(kind, 4, 64, 64, (200, 63, 64, 0)).check(cupy, mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "head_dim", "value_dim"),
+    [
+        ("f16", 1, 16, 16), ("bf16", 3, 80, 80), ("f16", 8, 128, 128), ("bf16", 4, 128, 64), ("f16", 16, 96, 112),
+        ("bf16", 20, 64, 32), ("f16", 2, 256, 256), ("bf16", 1, 48, 240), ("bf16", 1, 128, 128),
+    ],
+)  # fmt: skip
+def test_a_token_attends_with_heads_of_many_sizes(cupy, kind, group, head_dim, value_dim):
+    decode(kind, group, head_dim, value_dim, (150,)).check(cupy, Causal())
+
+
+@pytest.mark.parametrize("before", [0, 62, 63, 64, 127, 640, 1999])
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+def test_a_token_attends_in_parts(cupy, kind, before):
+    """Keys are cut into parts by the capacity; most of them may have nothing to do."""
+    case = decode(kind, 4, 64, 64, (before, 100), capacity=2048)
+    assert Plan.of(2, 2, 8, 2, 2048).parts == 32
+    for mask in (Causal(), Window(37)):
+        case.check(cupy, mask)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+def test_a_prompt_attends(cupy, kind, mask):
+    Case(kind, 8, 2, 64, 64, (70,), (33,)).check(cupy, mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "head_dim", "value_dim"),
+    [
+        ("bf16", 1, 16, 16), ("f16", 3, 80, 80), ("f16", 8, 128, 128), ("bf16", 4, 128, 128), ("f16", 1, 96, 64),
+        ("bf16", 2, 256, 256), ("f16", 1, 48, 240),
+    ],
+)  # fmt: skip
+def test_a_prompt_attends_with_heads_of_many_sizes(cupy, kind, group, head_dim, value_dim):
+    Case(kind, group, 1, head_dim, value_dim, (40,), (90,)).check(cupy, Causal())
+
+
+@pytest.mark.parametrize("new", [(50, 1, 0, 9), (1, 130, 1), (0, 6), (2, 0, 0), (1,) * 40 + (5,) * 30, (3, 1, 4, 1, 5)])
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+def test_ragged_batches(cupy, kind, new):
+    """Some sequences get one token, some a prompt and some nothing."""
+    before = tuple((i * 41 + 7) % 90 for i in range(len(new)))
+    Case(kind, 6, 2, 64, 64, new, before, capacity=192).check(cupy, Causal())
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_exact_is_exact_for_every_cache(cupy, kind):
+    Case(kind, 6, 2, 64, 64, (9, 1), (33, 100), exact=True).check(cupy, Causal())
+
+
+@settings(one_cupy, max_examples=25)
+@given(
+    group=st.sampled_from([1, 3, 4, 8]), kv_heads=st.integers(1, 2), head_dim=st.integers(1, 150),
+    value_dim=st.integers(1, 150), new=st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(any),
+    before=st.integers(0, 150), kind=st.sampled_from(["f32", "f16"]),
+)  # fmt: skip
+def test_heads_of_any_size_attend_in_float32(cupy, group, kv_heads, head_dim, value_dim, new, before, kind):
+    before = tuple((before + i * 17) % 151 for i in range(len(new)))
+    Case(kind, group * kv_heads, kv_heads, head_dim, value_dim, tuple(new), before, exact=True).check(cupy, Window(37))
+
+
+@settings(one_cupy, max_examples=25)
+@given(
+    group=st.sampled_from([1, 3, 4, 8, 17]), kv_heads=st.integers(1, 2), window=st.integers(1, 300),
+    new=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any), before=st.integers(0, 300),
+    spare=st.sampled_from([0, 64, 640]),
+)  # fmt: skip
+def test_every_batch_attends(cupy, group, kv_heads, window, new, before, spare):
+    before = tuple((before + i * 17) % 301 for i in range(len(new)))
+    case = Case("f16", group * kv_heads, kv_heads, 64, 64, tuple(new), before)
+    case._replace(capacity=case.room + spare).check(cupy, Window(window))
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(576, 512), (800, 700)])
+def test_very_long_heads_attend(cupy, head_dim, value_dim):
+    """Multi-head latent attention, and heads of which shared memory has no room for the rows of four warps."""
+    assert (attend_exact.Sizes(head_dim, value_dim).warps == 4) == (head_dim == 576)
+    Case("f16", 2, 1, head_dim, value_dim, (7,), (20,)).check(cupy, Causal())
+
+
+@pytest.mark.parametrize(("new", "capacity"), [((1, 1), 640), ((60,), 0)])
+def test_what_lies_behind_a_sequence_does_not_matter(cupy, new, capacity):
+    case = Case("f16", 8, 2, 64, 64, new, (70,) * len(new), capacity)
+    q, cache = case.arrays(cupy)
+    first = case.run(cupy, Causal(), q, cache)
+    for slot, length in zip(case.slots, case.lengths, strict=True):
+        cache.keys[slot, :, length:], cache.values[slot, :, length:] = 60000, -60000
+    for a, b in zip(first, case.run(cupy, Causal(), q, cache), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+def test_bits_do_not_depend_on_other_sequences(cupy, kind):
+    case = decode(kind, 4, 64, 64, (200, 63, 64), capacity=640)
+    q, cache = case.arrays(cupy)
+    out, lse = case.run(cupy, Causal(), q, cache)
+    shorter = case._replace(before=(200, 5, 0))
+    other, other_lse = shorter.run(cupy, Causal(), q, cache)
+    assert np.array_equal(out[0], other[0]) and np.array_equal(lse[0], other_lse[0])
+
+
+def test_scores_are_scaled(cupy):
+    case = decode("f32", 2, 24, 24, (50,))
+    q, cache = case.arrays(cupy)
+    for scale in (0.5, -0.25):
+        assert nmse(case.run(cupy, Null(), q, cache, scale)[0], case.expected(Null(), q, cache, scale)[0]) < 1e-11
+
+
+def test_masks_have_at_most_four_fields():
+    class Many(NamedTuple):
+        a: int
+        b: int
+        c: int
+        d: int
+        e: int
+
+        def bounds(self, query, keys):
+            return 0, keys
+
+    with pytest.raises(TypeError, match="Many has 5 fields; a mask has at most 4 on a GPU"):
+        attend_tiles.bounds_of(Many)
+
+
+def test_the_path_is_chosen_by_type_and_size():
+    assert path(Storage("f16", "f16"), 128, 128) == path(Storage("bf16", "bf16"), 256, 16) == "tensor"
+    for storage, head_dim, value_dim in [
+        (Storage("f16", "f32"), 128, 128), (Storage("f32", "f32"), 128, 128), (Storage("f16", "f16"), 40, 64),
+        (Storage("f16", "f16"), 64, 272),
+    ]:  # fmt: skip
+        assert path(storage, head_dim, value_dim) == "exact"
+
+
+@given(
+    new=st.lists(st.integers(0, 70), min_size=1, max_size=20).filter(any), group=st.integers(1, 40),
+    kv_heads=st.integers(1, 8), capacity=st.integers(1, 4096).map(lambda i: 64 * i),
+)  # fmt: skip
+def test_a_plan_has_a_block_for_every_tile(new, group, kv_heads, capacity):
+    plan = Plan.of(sum(new), len(new), group * kv_heads, kv_heads, capacity)
+    assert plan.tiles >= sum(-(-n * group // 16) for n in new if n <= plan.few)
+    assert plan.prefill or max(new) <= plan.few
+    assert 1 <= plan.parts <= cuda_attention.MAX_PARTS
+
+
+STEPS = [
+    Step(8, 2, 64, 64, (1, 1, 1), (70, 0, 300), RotaryEmbedding(64), bias=True, norm=True),
+    Step(3, 1, 80, 96, (1, 1), (64, 63), RotaryEmbedding(32, pairing="neox"), clip=0.9),
+    Step(20, 1, 128, 128, (1,), (190,), RotaryEmbedding(128)),
+    Step(4, 2, 40, 24, (1, 1), (17, 5), RotaryEmbedding(40), bias=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "mask"),
+    [
+        ("f16", STEPS[0], Causal()), ("f16", STEPS[0], Window(37)), ("f16", STEPS[0], Before(5)),
+        ("bf16", STEPS[1], Causal()), ("bf16", STEPS[2], Causal()), ("bf16", STEPS[3], Causal()),
+    ],
+    ids=lambda value: f"{value.heads}x{value.head_dim}" if isinstance(value, Step) else str(value),
+)  # fmt: skip
+def test_a_fused_step_has_the_bits_of_two(cupy, kind, step, mask):
+    """A key may be hidden from its own token: it is written all the same."""
+    case = Case(kind, step.heads, step.kv_heads, step.head_dim, step.value_dim, step.new, step.before, capacity=512)
+    storage, arguments, results = case.storage, step.arguments(cupy), []
+    for fused in (False, True):
+        _, cache = case.arrays(cupy)
+        q = cupy.zeros((step.tokens, step.heads, step.head_dim), "f4")
+        out, lse = cupy.zeros((step.tokens, step.heads, step.value_dim), "f4"), cupy.zeros(q.shape[:2], "f4")
+        partial = cuda_attention.Partial.room(
+            step.tokens, step.tokens, step.heads, step.kv_heads, 512, step.value_dim
+        )  # fmt: skip
+        batch, lengths = arguments[8], cupy.asarray(np.array(step.before))
+        if fused:
+            run = cuda_attention.rotate_and_attend(storage, type(mask))
+            run(*arguments, cache, lengths, 0.2, mask, out, lse, partial, q)
+        else:
+            rotate_and_store(kind)(*arguments, cache, lengths, q)
+            run = cuda_attention.attend(storage, type(mask))
+            run(q, cache, batch.slots, batch.row_offsets, lengths, 0.2, mask, out, lse, partial)
+        results.append([a.get() for a in (out, lse, cache.keys, cache.values, lengths)])
+    for two, one in zip(*results, strict=True):
+        assert np.array_equal(two, one)
+
+
+def test_a_captured_step_follows_its_sequences(cupy):
+    """The same launches, replayed, attend to as many keys as there are by then."""
+    case = decode("f16", 4, 64, 64, (30, 9), capacity=256)
+    q, cache = case.arrays(cupy)
+    out, lse = cupy.zeros((2, 8, 64), "f4"), cupy.zeros((2, 8), "f4")
+    partial = cuda_attention.Partial.room(2, 2, 8, 2, 256, 64)
+    slots, offsets, lengths = (cupy.asarray(a) for a in (case.slots, np.arange(3), case.lengths))
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        run = cuda_attention.attend(case.storage, Causal)
+        run(q, cache, slots, offsets, lengths, 0.125, Causal(), out, lse, partial)
+        graph = stream.end_capture()
+        for longer in (0, 150):
+            lengths[:] = cupy.asarray(case.lengths + longer)
+            graph.launch(stream)
+            stream.synchronize()
+            grown = case._replace(before=tuple(b + longer for b in case.before))
+            assert nmse(out.get(), grown.expected(Causal(), q, cache)[0]) < NMSE["f16"]
