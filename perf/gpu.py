@@ -41,6 +41,8 @@ class Sizes(NamedTuple):
     attended: int = 8192
     behind: int = 32768
     sequences: int = 8
+    repeats: int = 10
+    """Calls between two events."""
 
 
 class Bench:
@@ -55,9 +57,9 @@ class Bench:
         square = cupy.ones((sizes.square, sizes.square), np.float16)
         self.cublas = 2 * sizes.square**3 / self.seconds(lambda: square @ square)
 
-    def seconds(self, call: Callable[[], object], repeats: int = 10) -> float:
+    def seconds(self, call: Callable[[], object]) -> float:
         """The median time of a call."""
-        cupy, samples = self.cupy, []
+        cupy, samples, repeats = self.cupy, [], self.sizes.repeats
         call()
         for _ in range(self.rounds):
             start, end = cupy.cuda.Event(), cupy.cuda.Event()
@@ -159,7 +161,7 @@ class Bench:
         x, cache = self.cupy.asarray(gaussian(1, self.sizes.shape.hidden)), layer.kv_cache
         layer(x)
         zeros = self.cupy.zeros(1, np.int64)
-        batch = Batch(zeros, zeros, zeros, self.cupy.asarray(np.array([0, 1])))
+        batch = Batch(zeros, zeros, zeros, self.cupy.asarray(np.array([0, 1])), one_each=True)
         program = cuda.Program()
         with program.recording():
             layer.forward(x, cache, batch, layer.rope.table(1, self.device))

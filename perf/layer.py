@@ -95,7 +95,8 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
         return result
 
     qkv = clock(lambda: layer._project(x, cpu))
-    q = clock(lambda: layer._rotate_and_store(qkv, cache, batch, tables, cpu))
+    q = np.empty((len(x), layer.num_attention_heads, layer.kv_params.head_dim), np.float32)
+    clock(lambda: cpu.rotate_and_store(qkv, *tables, batch, layer.rope.neox, cache, q))
     heads, _ = clock(lambda: cpu.attend(q, cache, offsets, layer.mask, layer.scale, exact=False))
     clock(lambda: layer.o_proj(heads.reshape(len(x), -1)))
     return list(np.diff(times))

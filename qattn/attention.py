@@ -252,7 +252,7 @@ class AttentionWithRope:
         lengths = cache.lengths + np.diff(offsets)
         cache.reserve(lengths)
         tables = self.rope.table(int(batch.angles.max(initial=-1)) + 1, self.device)
-        out = self.forward(x, cache, Batch(*(devices.asarray(a, self.device) for a in batch)), tables)
+        out = self.forward(x, cache, batch.to(self.device), tables)
         cache.note(lengths)
         return out
 
@@ -265,12 +265,8 @@ class AttentionWithRope:
         """
         backend = backends.of(x)
         qkv = self._project(x, backend)
-        q = self._rotate_and_store(qkv, cache, batch, tables, backend)
-        size = self.num_attention_heads * self.kv_params.values
-        heads = backend.scratch("heads", (len(x), self.num_attention_heads, self.kv_params.values))
-        exact = self.precision == "exact"
-        backend.attend(q, cache, batch.row_offsets, self.mask, self.scale, exact=exact, out=heads)
-        return self.o_proj(heads.reshape(len(x), size))  # type: ignore[misc]
+        heads = self._rotate_and_attend(qkv, cache, batch, tables, backend)
+        return self.o_proj(heads.reshape(len(x), self.num_attention_heads * self.kv_params.values))  # type: ignore[misc]
 
     def _check_input(self, x: Any, cache: KVCache, row_offsets: Any) -> tuple[Array, Array]:
         _ = self.wqkv  # an error if there are no weights
@@ -304,13 +300,16 @@ class AttentionWithRope:
         qkv = backend.scratch("qkv", (len(x), sum(self._projection_rows())))
         return ops.affine(x, self._qkv_proj, self._bias, out=qkv, precision=self.precision)  # type: ignore[arg-type]
 
-    def _rotate_and_store(
+    def _rotate_and_attend(
         self, qkv: Array, cache: KVCache, batch: Batch, tables: tuple[Array, Array], backend: Any
     ) -> Array:
-        """Rotate q and k, append k and v to the cache, and return q: (tokens, heads, head_dim) float32."""
-        q = backend.scratch("q", (len(qkv), self.num_attention_heads, self.kv_params.head_dim))
-        backend.rotate_and_store(qkv, *tables, batch, self.rope.neox, cache, q)
-        return q  # type: ignore[no-any-return]
+        """Rotate q and k, append k and v to the cache, and attend: (tokens, heads, value_dim) float32."""
+        heads = backend.scratch("heads", (len(qkv), self.num_attention_heads, self.kv_params.values))
+        exact = self.precision == "exact"
+        backend.rotate_and_attend(
+            qkv, *tables, batch, self.rope.neox, cache, self.mask, self.scale, exact=exact, out=heads
+        )
+        return heads  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         """Forget the tokens in the layer's own cache."""
@@ -452,7 +451,7 @@ def _batch(cache: KVCache, offsets: Array) -> Batch:
     """Where new tokens belong that continue the sequences of a cache."""
     slots = np.repeat(np.arange(cache.sequences), np.diff(offsets))
     places = np.arange(offsets[-1]) - (offsets[:-1] - cache.lengths)[slots]
-    return Batch(slots, places, places, offsets)
+    return Batch(slots, places, places, offsets, one_each=bool((np.diff(offsets) == 1).all()))
 
 
 def _clipped(weights: QuantArray, limit: float) -> QuantArray:

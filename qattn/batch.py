@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from qattn import devices
+
 
 class Batch(NamedTuple):
     """Arrays on the device that computes."""
@@ -16,3 +18,10 @@ class Batch(NamedTuple):
     """(tokens,) int64, the position that the rotary embedding sees."""
     row_offsets: Any
     """(sequences + 1,) int64, the tokens of each sequence."""
+    one_each: bool = False
+    """Whether every sequence has one token, as far as the host knows."""
+
+    def to(self, device: str) -> Batch:
+        """The same batch with its arrays on a device."""
+        slots, places, angles, offsets = (devices.asarray(array, device) for array in self[:4])
+        return Batch(slots, places, angles, offsets, self.one_each)

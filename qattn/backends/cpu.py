@@ -106,6 +106,25 @@ def attend(
     return out, lse
 
 
+def rotate_and_attend(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    batch: Batch,
+    neox: bool,
+    cache: Any,
+    mask: Any,
+    scale: float,
+    *,
+    exact: bool,
+    out: Array,
+) -> None:
+    """out (tokens, heads, value_dim) = attention of projected rows, which are rotated and appended to the cache."""
+    q = scratch("q", (*out.shape[:2], cache.params.head_dim))
+    rotate_and_store(qkv, cos, sin, batch, neox, cache, q)
+    attend(q, cache, batch.row_offsets, mask, scale, exact=exact, out=out)
+
+
 _LARGE = 1 << 20  # products of queries and keys that take longer than waking a thread
 
 

@@ -92,6 +92,37 @@ def attend(
     return out, lse
 
 
+def rotate_and_attend(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    batch: Batch,
+    neox: bool,
+    cache: Any,
+    mask: Any,
+    scale: float,
+    *,
+    exact: bool,
+    out: Array,
+) -> None:
+    """out (tokens, heads, value_dim) = attention of projected rows, which are rotated and appended to the cache.
+
+    One launch, and a small one that merges parts, where each sequence has one token.
+    """
+    kind, (tokens, heads, value_dim) = cache.params.kind, out.shape
+    storage = cuda_attention.Storage(kind, "f32" if exact else kind)
+    if not batch.one_each or cuda_attention.path(storage, cache.params.head_dim, value_dim) == "exact":
+        q = scratch("q", (tokens, heads, cache.params.head_dim))
+        rotate_and_store(qkv, cos, sin, batch, neox, cache, q)
+        attend(q, cache, batch.row_offsets, mask, scale, exact=exact, out=out)
+        return
+    partial = cuda_attention.Partial.room(tokens, tokens, heads, cache.params.n_kv_heads, cache.capacity, value_dim)
+    lse = scratch("lse", (tokens, heads))
+    run = cuda_attention.rotate_and_attend(storage, type(mask))  # type: ignore[arg-type]
+    nothing = None, 0.0, None, None, 0.0  # no bias, clip nor norm: those of the projection are done
+    run(qkv, *nothing, cos, sin, batch, neox, cache.view(), cache.counts, scale, mask, out, lse, partial)
+
+
 def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
     """out = x / sqrt(mean(x²) + epsilon) · weight, row by row."""
     feed_forward.rms_norm(x, weight, epsilon, out)

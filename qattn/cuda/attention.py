@@ -59,7 +59,7 @@ from qattn.cuda.attend_tiles import (
     warp_max,
 )
 from qattn.cuda.kernel import kernel
-from qattn.cuda.rope import NO_CLIP, flags_of, rotate_and_store, warp_sum
+from qattn.cuda.rope import NO_CLIP, flags_of, warp_sum
 
 FEW = 4  # new tokens of each sequence, on average, up to which reading K and V is what takes the time
 MAX_PARTS = 128  # of a tile's keys: a thread each in `merge`
@@ -199,28 +199,22 @@ def rotate_and_attend(storage: Storage, mask: Any) -> Callable[..., None]:
     """A decode step, from projected rows: rotation, write to the cache and attention, with the bits of the two steps.
 
     It is ``run(qkv, bias, clip, q_norm, k_norm, epsilon, cos, sin, batch, neox, cache, lengths, scale, mask, out, lse,
-    partial, q)``: arguments as in `qattn.cuda.rope.rotate_and_store` and in `attend`, and
+    partial)``: arguments as in `qattn.cuda.rope.rotate_and_store` and in `attend`, for caches and heads whose `path` is
+    "tensor", and
 
     batch : `Batch` with one new token for each sequence, token t in slots[t], no slot twice
     lengths : by slot, the new tokens not yet counted in; updated
-    q : (tokens, heads, head_dim) float32, overwritten where the exact path needs it
 
     Cost: a launch that reads K and V once, and a small one that merges parts.
     """
-    rotate, then = rotate_and_store(storage.kind), attend(storage, mask)
 
     def run(
         qkv: Array, bias: Array, clip: float | None, q_norm: Array, k_norm: Array, epsilon: float, cos: Array,
         sin: Array, batch: Batch, neox: bool, cache: CacheView, lengths: Array, scale: float, mask_: Any, out: Array,
-        lse: Array, partial: Partial, q: Array,
+        lse: Array, partial: Partial,
     ) -> None:  # fmt: skip
         tokens, heads, value_dim = out.shape
         _, kv_heads, capacity, head_dim = cache.keys.shape
-        if path(storage, head_dim, value_dim) == "exact":
-            rotate(qkv, bias, clip, q_norm, k_norm, epsilon, cos, sin, batch, neox, cache, lengths, q)
-            keys = lengths.take(batch.slots)
-            then(q, cache, batch.slots, batch.row_offsets, keys, scale, mask_, out, lse, partial)
-            return
         plan = Plan.of(tokens, tokens, heads, kv_heads, capacity)
         attend_fused.fused_kernel(storage.kind, mask, head_dim, value_dim)(
             qkv, bias, clip or NO_CLIP, q_norm, k_norm, epsilon, cos, sin, batch.slots, batch.places, batch.angles,

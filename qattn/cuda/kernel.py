@@ -59,7 +59,7 @@ class Kernel:
         self.name = "_".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
         self._function, self._types = function, signature.split()
         self._lock = threading.Lock()
-        self._loaded: dict[tuple[int, int], Any] = {}
+        self._loaded: dict[tuple[str, int, int], Any] = {}
 
     def __repr__(self) -> str:
         return f"<CUDA kernel {self.name}>"
@@ -100,7 +100,7 @@ class Kernel:
         """The loaded kernel on the current device."""
         import cupy
 
-        place = (cupy.cuda.Device().id, shared)
+        place = (cupy.__name__, cupy.cuda.Device().id, shared)
         if place not in self._loaded:
             with self._lock:
                 function = cupy.RawModule(path=str(self.ptx_file)).get_function(self.name)

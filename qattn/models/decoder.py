@@ -216,8 +216,8 @@ class Decoder:
     def _run_layers(self, x: Array, places: Array) -> None:
         """Update x (tokens, hidden_size) float32 in place, for tokens at these places of the sequence."""
         self._reserve(int(places[-1]) + 1)
-        batch = Batch(np.zeros_like(places), places, places, np.array([0, len(places)]))
-        self._layers_of(x, Batch(*(devices.asarray(a, self.device) for a in batch)), int(places[-1]) + 1)
+        batch = Batch(np.zeros_like(places), places, places, np.array([0, len(places)]), one_each=len(places) == 1)
+        self._layers_of(x, batch.to(self.device), int(places[-1]) + 1)
         self._note(int(places[-1]) + 1)
 
     def _layers_of(self, x: Array, batch: Batch, positions: int) -> None:
@@ -284,7 +284,8 @@ class _Step:
         xp, c = decoder._xp, decoder.config
         self.program: Any = None
         self.ids, self.places = xp.zeros(1, np.int64), xp.zeros(1, np.int64)
-        self._batch = Batch(xp.zeros(1, np.int64), self.places, self.places, xp.asarray(np.array([0, 1])))
+        offsets = xp.asarray(np.array([0, 1]))
+        self._batch = Batch(xp.zeros(1, np.int64), self.places, self.places, offsets, one_each=True)
         self.x, self.logits = xp.empty((1, c.hidden_size), np.float32), xp.empty((1, c.vocabulary_size), np.float32)
         decoder._reserve(length + 1)
         self._parts = self._parts_of(decoder)

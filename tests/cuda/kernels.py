@@ -15,6 +15,7 @@ from qattn.cuda import (
     dequantize,
     feed_forward,
     matmul,
+    matmul_exact,
     rope,
     unpack,
 )

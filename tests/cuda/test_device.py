@@ -133,6 +133,23 @@ def test_arrays_that_start_anywhere_are_copied_or_refused(cupy):
         qattn.matmul(shifted, packed, out=cupy.empty(61, np.float32)[1:].reshape(3, 20))
 
 
+def test_arrays_of_other_libraries_are_viewed(cupy, monkeypatch):
+    class Tensor:
+        """An array on a GPU of a library that isn't CuPy."""
+
+        def __init__(self, values):
+            self.values = cupy.asarray(values)
+            self.__cuda_array_interface__ = self.values.__cuda_array_interface__
+
+    asarray = cupy.asarray
+    monkeypatch.setattr(cupy, "asarray", lambda x, *rest: x.values if isinstance(x, Tensor) else asarray(x, *rest))
+    w, x = random_weights("Q4_0", 20, 64), normal((3, 64))
+    packed = qattn.PackedMatrix(w).to("cuda:0")
+    out = qattn.matmul(Tensor(x), packed)
+    assert isinstance(out, cupy.ndarray)
+    np.testing.assert_array_equal(out, qattn.matmul(asarray(x), packed))
+
+
 def test_functions_give_what_they_give_on_a_cpu(cupy):
     q, k, v = normal((3, 4, 16)), normal((9, 2, 16), 1), normal((9, 2, 24), 2)
     out, lse = qattn.attention(*map(cupy.asarray, (q, k, v)), return_lse=True)
