@@ -252,7 +252,8 @@ class AttentionWithRope:
         lengths = cache.lengths + np.diff(offsets)
         cache.reserve(lengths)
         tables = self.rope.table(int(batch.angles.max(initial=-1)) + 1, self.device)
-        out = self.forward(x, cache, batch.to(self.device), tables)
+        with devices.current(self.device):
+            out = self.forward(x, cache, batch.to(self.device), tables)
         cache.note(lengths)
         return out
 
@@ -274,7 +275,8 @@ class AttentionWithRope:
         for what, device in (("x is", device_of(x)), ("kv_cache is", cache.device)):
             if device != self.device:
                 raise DeviceError(f"{what} on {device}, the layer on {self.device}; both must be on the same")
-        x = as_float32(x)
+        with devices.current(self.device):
+            x = as_float32(x)
         _check.shape("x", x, ("tokens", self.hidden_size))
         if self.device == "cpu" and not np.isfinite(x).all():
             token, column = np.argwhere(~np.isfinite(x))[0]

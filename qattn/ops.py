@@ -85,13 +85,14 @@ def affine(
     rows, columns = matrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {x.shape}; weights {matrix.shape} need (..., {columns})")
-    out = _output(out, namespace(x), (*x.shape[:-1], rows))
-    if out.size:
-        flat = as_float32(x).reshape(-1, columns)
-        backend = backends.of(x)
-        backend.multiply(flat, matrix, out.reshape(-1, rows), precision == "exact")
-        if bias is not None:
-            backend.add_bias(out.reshape(-1, rows), bias)
+    with devices.current(matrix.device):
+        out = _output(out, namespace(x), (*x.shape[:-1], rows))
+        if out.size:
+            flat = as_float32(x).reshape(-1, columns)
+            backend = backends.of(x)
+            backend.multiply(flat, matrix, out.reshape(-1, rows), precision == "exact")
+            if bias is not None:
+                backend.add_bias(out.reshape(-1, rows), bias)
     return out
 
 
@@ -130,10 +131,10 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
         raise ValueError(f"x has heads of {x.shape[2]}, shorter than the {rotary.rope_dims} that rotate")
     positions = token_positions(positions, len(x))
     xp = namespace(x)
-    out = _output(out, xp, x.shape)
-    cos, sin = rotary.table(int(positions.max(initial=-1)) + 1, device_of(x))
-    x = as_float32(x)
-    backends.of(x).rotate(x, cos, sin, xp.asarray(positions), rotary.neox, out)
+    with devices.current(device_of(x)):
+        out = _output(out, xp, x.shape)
+        cos, sin = rotary.table(int(positions.max(initial=-1)) + 1, device_of(x))
+        backends.of(x).rotate(as_float32(x), cos, sin, xp.asarray(positions), rotary.neox, out)
     return out
 
 
@@ -196,13 +197,14 @@ def attention(
         raise ValueError(f"q has {tokens} tokens, k has {keys}; the last of each are aligned, so k needs as many")
     chosen = masks.get(mask)
     dtype = "float16" if k.dtype == v.dtype == np.float16 else "float32"
-    cache = KVCache(KVCacheParams(kv_heads, head_dim, value_dim, dtype=dtype), device=device_of(q))
-    kv = xp.concatenate([k.reshape(keys, -1), v.reshape(keys, -1)], axis=1).astype(np.float32, copy=False)
-    store(as_float32(kv), cache)
-    out = _output(out, xp, (tokens, heads, value_dim))
-    queries, offsets = as_float32(q), xp.asarray(np.array([0, tokens]))
     scale = head_dim**-0.5 if scale is None else scale
-    _, lse = backends.of(q).attend(queries, cache, offsets, chosen, scale, exact=True, out=out)
+    with devices.current(device_of(q)):
+        cache = KVCache(KVCacheParams(kv_heads, head_dim, value_dim, dtype=dtype), device=device_of(q))
+        kv = xp.concatenate([k.reshape(keys, -1), v.reshape(keys, -1)], axis=1).astype(np.float32, copy=False)
+        store(as_float32(kv), cache)
+        out = _output(out, xp, (tokens, heads, value_dim))
+        queries, offsets = as_float32(q), xp.asarray(np.array([0, tokens]))
+        _, lse = backends.of(q).attend(queries, cache, offsets, chosen, scale, exact=True, out=out)
     return (out, lse) if return_lse else out
 
 

@@ -140,7 +140,8 @@ class KVCache:
                 capacity = min(capacity, limit)
             keys, values = self._layout.room(self.params, self.sequences, -(-capacity // unit) * unit)
             used = self._keys.shape[2]
-            keys[:, :, :used], values[:, :, :used] = self._keys, self._values
+            with devices.current(self.device):
+                keys[:, :, :used], values[:, :, :used] = self._keys, self._values
             self._keys, self._values = keys, values
 
     def truncate(self, length: int, sequence: int = 0) -> None:
@@ -158,7 +159,8 @@ class KVCache:
             self._layout.forget(self.params, self._keys, self._values, sequence, length)
         self.lengths[sequence] = length
         if self.device != "cpu":
-            self.counts[sequence] = length
+            with devices.current(self.device):
+                self.counts[sequence] = length
 
     def note(self, lengths: Array) -> None:
         """Take note of the lengths that kernels have brought about: those of a GPU tell only the GPU."""

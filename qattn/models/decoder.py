@@ -155,22 +155,26 @@ class Decoder:
             They don't fit into the cache.  Nothing was computed.
         """
         ids = self._check_tokens(tokens)
-        logits = self._xp.empty((1 if last_only else len(ids), self.config.vocabulary_size), np.float32)
         start = self._length
         try:
-            if len(ids) == 1:
-                self._one_more(ids, logits)
-            else:
-                for first in range(0, len(ids), _CHUNK):
-                    x = self._hidden(ids[first : first + _CHUNK])
-                    if not last_only:
-                        self._head(x, logits[first : first + len(x)])
-                if last_only:
-                    self._head(x[-1:], logits)
+            with devices.current(self.device):
+                return self._append(ids, last_only)
         except BaseException:  # an interrupt too: layers must not disagree about what they have seen
             self.truncate(start)
             raise
-        return logits
+
+    def _append(self, ids: Array, last_only: bool) -> Array:
+        logits = self._xp.empty((1 if last_only else len(ids), self.config.vocabulary_size), np.float32)
+        if len(ids) == 1:
+            self._one_more(ids, logits)
+            return logits  # type: ignore[no-any-return]
+        for first in range(0, len(ids), _CHUNK):
+            x = self._hidden(ids[first : first + _CHUNK])
+            if not last_only:
+                self._head(x, logits[first : first + len(x)])
+        if last_only:
+            self._head(x[-1:], logits)
+        return logits  # type: ignore[no-any-return]
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens of the sequence, and forget the rest."""
