@@ -47,7 +47,8 @@ def as_array(x: Any, name: str = "x") -> Any:
             import cupy
         except ImportError:
             raise DeviceError(f"{name} is on a GPU, and CuPy is not installed: pip install 'qattn[cuda]'") from None
-        return cupy.asarray(x) if hasattr(x, "__cuda_array_interface__") else cupy.from_dlpack(x)
+        # DLPack says which GPU and which stream; the other protocol need not, and copies to the current GPU
+        return cupy.from_dlpack(x) if _dlpack_device(x) in _CUDA_DEVICES else cupy.asarray(x)
     return as_numpy(x, name)
 
 

@@ -36,6 +36,17 @@ def row_keys(key: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(keys)
 
 
+def check_bounds(keys: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+    """Raise the IndexError that CuPy doesn't: it takes rows that are out of range modulo their number."""
+    axis = 0
+    for key in keys:
+        if isinstance(key, np.ndarray) and key.dtype.kind in "iu" and key.size:
+            for index in (int(key.min()), int(key.max())):
+                if not -shape[axis] <= index < shape[axis]:
+                    raise IndexError(f"index {index} is out of bounds for axis {axis} with size {shape[axis]}")
+        axis += _axes(key)
+
+
 def _axes(key: Any) -> int:
     """Return how many axes one piece of an index uses up."""
     if key is Ellipsis:

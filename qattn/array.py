@@ -15,7 +15,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from qattn import devices, formats
 from qattn._backend import as_array, as_numpy, device_of, namespace
-from qattn._index import as_slice, row_keys
+from qattn._index import as_slice, check_bounds, row_keys
 from qattn.errors import DeviceError, FormatError
 
 Array = np.ndarray[Any, Any]
@@ -191,6 +191,8 @@ class QuantArray(NDArrayOperatorsMixin):
         if not keys:
             return self
         if not self._parts:
+            if self.device != "cpu":
+                check_bounds(keys, self.shape)
             return QuantArray(self._data[keys], self._format.name)
         if len(keys) > 1:
             raise IndexError("a stacked array takes one index at a time: w[i][j] instead of w[i, j]")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from qattn._backend import as_host
+
 
 def nmse(got, want):
     """Normalized mean squared error: |got - want|² / |want|²."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    got, want = np.asarray(as_host(got), np.float64), np.asarray(as_host(want), np.float64)
     return float(((got - want) ** 2).sum() / max((want**2).sum(), 1e-300))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from qattn.architectures._registry import AttentionConfig, Metadata, register
@@ -26,13 +28,13 @@ def _describe(m: Metadata, layer: int, pairing: Pairing) -> AttentionConfig:
     heads = m.integer("attention.head_count", layer=layer)
     head_dim = m.integer("attention.key_length", hidden // heads or None)
     scale = m.number("rope.scaling.factor", 1.0) if m.get("rope.scaling.type") == "linear" else 1.0
-    factors = m.model.get("rope_freqs.weight")
-    rope = RotaryEmbedding(
+    factors = m.model.mapped("rope_freqs.weight") if "rope_freqs.weight" in m.model else None
+    rope = _shared_rope(
         m.integer("rope.dimension_count", head_dim),
         m.number("rope.freq_base", 10000.0),
-        pairing=pairing,
-        scale=scale,
-        factors=None if factors is None else np.asarray(factors),
+        pairing,
+        scale,
+        None if factors is None else tuple(np.asarray(factors).ravel().tolist()),
     )
     return AttentionConfig(
         hidden_size=hidden,
@@ -43,3 +45,11 @@ def _describe(m: Metadata, layer: int, pairing: Pairing) -> AttentionConfig:
         rope=rope,
         scale=head_dim**-0.5,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _shared_rope(
+    dims: int, theta: float, pairing: Pairing, scale: float, factors: tuple[float, ...] | None
+) -> RotaryEmbedding:
+    """The same embedding for all layers: its tables are as long as a context."""
+    return RotaryEmbedding(dims, theta, pairing=pairing, scale=scale, factors=factors)

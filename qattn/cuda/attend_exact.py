@@ -139,7 +139,7 @@ def exact_kernel(kind: str, mask: Any) -> Kernel:
         q, keys, values, slots, row_offsets, lengths, scale, out, lse, partial_out, partial_lse,
         sequences, heads, kv_heads, capacity, head_dim, value_dim, few, parts, f0, f1, f2, f3,
     ):  # fmt: skip
-        shared = cuda.shared.array(0, float32)
+        shared = cuda.shared.array(0, float32, 16)
         rows, warp, lane = int32(cuda.blockDim.x >> 3), int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
         stride = int32((head_dim + 3) & ~3)
         sums, weights = shared[rows * stride :], shared[rows * (stride + value_dim) :]

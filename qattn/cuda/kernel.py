@@ -21,17 +21,20 @@ Functions that kernels call are made by `device`, and become part of them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numba import cuda, types
+from numba.cuda import dispatcher
 
 from qattn import _cache
 
@@ -47,9 +50,9 @@ _TYPES = {
     "f32": types.float32,
     "f64": types.float64,
 }
-_STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that need no asking for
+_FREE_SHARED = 32 << 10  # bytes of dynamic shared memory that need no asking for, whatever a kernel has besides
 
-device = functools.partial(cuda.jit, device=True, inline="always")
+device = functools.partial(cuda.jit, device=True, forceinline=True, fastmath=True)
 
 
 class Kernel:
@@ -59,7 +62,9 @@ class Kernel:
         self.name = "_".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
         self._function, self._types = function, signature.split()
         self._lock = threading.Lock()
-        self._loaded: dict[tuple[str, int, int], Any] = {}
+        self._loaded: dict[tuple[str, int], Any] = {}
+        self._shared: dict[tuple[str, int], int] = {}
+        self._makers = [_maker(name) for name in self._types]
 
     def __repr__(self) -> str:
         return f"<CUDA kernel {self.name}>"
@@ -80,7 +85,8 @@ class Kernel:
     def _compile(self) -> str:
         arguments = [types.CPointer(_TYPES[name[:-1]]) if name[-1] == "*" else _TYPES[name] for name in self._types]
         options = {"device": False, "abi": "numba", "output": "ptx", "fastmath": True}
-        ptx, _ = cuda.compile(self._function, types.void(*arguments), cc=CAPABILITY, **options)
+        with _no_gpu_asked():
+            ptx, _ = cuda.compile(self._function, types.void(*arguments), cc=CAPABILITY, **options)
         return str(ptx)
 
     def __call__(self, *args: Any, grid: int | Sequence[int], block: int | Sequence[int], shared: int = 0) -> None:
@@ -91,8 +97,8 @@ class Kernel:
         block = (block,) if isinstance(block, int) else tuple(block)
         if 0 in grid:
             return
-        function = self._function_for(shared)
-        function(grid, block, tuple(map(_argument, self._types, args)), shared_mem=shared)
+        given = tuple(make(value) for make, value in zip(self._makers, args, strict=True))
+        self._function_for(shared)(grid, block, given, shared_mem=shared)
         if recording.kept is not None:
             recording.kept.append(args)
 
@@ -100,13 +106,14 @@ class Kernel:
         """The loaded kernel on the current device."""
         import cupy
 
-        place = (cupy.__name__, cupy.cuda.Device().id, shared)
-        if place not in self._loaded:
+        place = (cupy.__name__, cupy.cuda.Device().id)
+        if place not in self._loaded or shared > self._shared[place]:
             with self._lock:
                 function = cupy.RawModule(path=str(self.ptx_file)).get_function(self.name)
-                if shared > _STATIC_SHARED:
-                    function.max_dynamic_shared_size_bytes = shared
-                self._loaded[place] = function
+                most = max(shared, self._shared.get(place, _FREE_SHARED))
+                if most > _FREE_SHARED:  # of a function, however often it was asked for: it may only grow
+                    function.max_dynamic_shared_size_bytes = most
+                self._loaded[place], self._shared[place] = function, most
         return self._loaded[place]
 
 
@@ -125,15 +132,35 @@ def kernel(signature: str, key: str = "") -> Callable[[Callable[..., None]], Ker
     return lambda function: Kernel(function, signature, key)
 
 
-def _argument(type_: str, value: Any) -> Any:
+def _maker(type_: str) -> Callable[[Any], Any]:
+    """What turns an argument into what CuPy launches with."""
     if type_[-1] != "*":
-        return np.dtype(str(_TYPES[type_])).type(value)
-    if value is None:
-        return np.uint64(0)
+        return np.dtype(str(_TYPES[type_])).type
     size = _TYPES[type_[:-1]].bitwidth // 8
-    if value.dtype.itemsize != size or not value.flags.c_contiguous:
-        raise TypeError(f"a kernel wants a C-contiguous array of {type_[:-1]}; got {value.dtype}{value.shape}")
-    return value
+
+    def pointer(value: Any) -> Any:
+        if value is None:
+            return np.uint64(0)
+        if value.dtype.itemsize != size or not value.flags.c_contiguous:
+            raise TypeError(f"a kernel wants a C-contiguous array of {type_[:-1]}; got {value.dtype}{value.shape}")
+        return value
+
+    return pointer
+
+
+@contextlib.contextmanager
+def _no_gpu_asked() -> Iterator[None]:
+    """Let Numba compile `device` functions for `CAPABILITY`, too, where it would ask the current GPU for its own."""
+    with _compiling:
+        asked = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=CAPABILITY)
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = asked
+
+
+_compiling = threading.RLock()
 
 
 def _renamed(ptx: str, name: str) -> str:

@@ -270,7 +270,7 @@ def prefill_kernel(layout: Layout) -> Kernel:
         own = int32(cuda.blockIdx.x) * (_ROWS // 16) + 2 * (thread >> 5) + (lane >> 4)
         places = place_weights(w, min(own, tiles - 1), cells, lane)
         lookup = ptx.load_16_constant(table, 0) if has_table else (uint32(0), uint32(0), uint32(0), uint32(0))
-        ring = ptx.shared_address(cuda.shared.array(words_of_ring, uint32), 0)
+        ring = ptx.shared_address(cuda.shared.array(words_of_ring, uint32, 16), 0)
         cell = int32(0)
         while cell < min(_STAGE, cells):
             copy(a, first, cell, cells, ring + uint32(cell * size), thread)

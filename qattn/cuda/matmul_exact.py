@@ -105,8 +105,8 @@ def exact_kernel(layout: Layout) -> Kernel:
         thread, tile = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x) * (_ROWS // 16)
         first, quarter = int32(cuda.blockIdx.y) * _TOKENS, thread >> 6
         row, token = 4 * (thread & 15), 4 * (thread >> 4 & 3)  # the thread's first ones
-        weights = cuda.shared.array(_WEIGHTS, float32)
-        values = cuda.shared.array(_VALUES, float32)
+        weights = cuda.shared.array(_WEIGHTS, float32, 16)
+        values = cuda.shared.array(_VALUES, float32, 16)
         weights_at = ptx.shared_address(weights, 0) + uint32(4 * row)
         values_at = ptx.shared_address(values, 0) + uint32(4 * token)
         w, totals, column = (codes, scales, steps, offsets, offset_steps), _ZEROS, int32(0)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qattn import _check, backends, devices
+from qattn._backend import as_host
 from qattn.attention import GGUFQAttentionWithRope
 from qattn.batch import Batch
 from qattn.cpu.threads import get_num_threads
@@ -189,7 +190,7 @@ class Decoder:
         self._length = 0
 
     def _check_tokens(self, tokens: Sequence[int] | Array) -> Array:
-        ids = np.asarray(tokens)
+        ids = as_host(tokens, "tokens")
         if not ids.size:
             raise ValueError("tokens are empty; a model needs at least one to continue (an empty prompt has none)")
         _check.shape("tokens", ids, ("tokens",))
@@ -240,6 +241,7 @@ class Decoder:
     def _one_more(self, ids: Array, logits: Array) -> None:
         """Append a single token.  Its kernels are recorded, and replayed for those that follow: see `Program`."""
         if self._step is None or not self._step.fits(self, self._length):
+            self._step = None  # it may hold caches that have been replaced by larger ones
             self._step = _Step(self, self._length)
         self._step.run(self, ids, self._length)
         self._length += 1
@@ -297,6 +299,7 @@ class _Step:
         for layer in decoder.layers:
             layer.attention.rope.table(self._positions, decoder.device)
         self._recordable = all(type(layer.attention.o_proj) is Linear for layer in decoder.layers)
+        self._warm = False
 
     def run(self, decoder: Decoder, ids: Array, length: int) -> None:
         """Do what running the layers would, by a replay if they are recorded."""
@@ -304,14 +307,20 @@ class _Step:
         decoder._backend.take_rows(decoder._embeddings, decoder._xp.asarray(ids), self.x)
         if self.program is not None:
             self.program.replay()
+        elif not self._recordable or (decoder.device != "cpu" and not self._warm):
+            self._compute(decoder)  # on a GPU once before recording, so that kernels are loaded
+            self._warm = True
         else:
             program = decoder._backend.Program()
             with program.recording():
-                decoder._layers_of(self.x, self._batch, self._positions)
-                decoder._head(self.x, self.logits)
-            self.program = program if self._recordable else None
+                self._compute(decoder)
+            self.program = program
         if decoder.device != "cpu":
             decoder._note(length + 1)
+
+    def _compute(self, decoder: Decoder) -> None:
+        decoder._layers_of(self.x, self._batch, self._positions)
+        decoder._head(self.x, self.logits)
 
     def fits(self, decoder: Decoder, length: int) -> bool:
         """Whether a run at this length does what running the layers would."""

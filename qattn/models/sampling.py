@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qattn import _check
+from qattn._backend import as_host
 
 Array = np.ndarray[Any, Any]
 
@@ -108,7 +109,7 @@ class Sampler:
         ValueError
             There are no logits, one is NaN or +inf, or all are -inf.
         """
-        logits = np.asarray(logits)
+        logits = as_host(logits, "logits")
         _check.shape("logits", logits, ("vocabulary",))
         if not logits.size:
             raise ValueError("logits are empty; there is no token to choose")

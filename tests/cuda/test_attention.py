@@ -331,6 +331,7 @@ def test_a_captured_step_follows_its_sequences(cupy):
     partial = cuda_attention.Partial.room(2, 2, 8, 2, 256, 64)
     slots, offsets, lengths = (cupy.asarray(a) for a in (case.slots, np.arange(3), case.lengths))
     stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()  # the stream doesn't wait for what was done before
     with stream:
         stream.begin_capture()
         run = cuda_attention.attend(case.storage, Causal)

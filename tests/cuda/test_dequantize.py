@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qattn import PackedMatrix, QuantArray, formats
+from qattn._backend import as_host
 from qattn.cpu.pack import unpack_codes
 from qattn.cuda.dequantize import WEIGHTS, dequantize, dequantize_rows, unpack
 from qattn.layout import Layout, Packed
@@ -42,7 +43,7 @@ def rounded(values, kind):
 
 def assert_same_bits(got, want):
     """The same bits, but for NaN, where only that it is one counts."""
-    got = np.array(got)
+    got = as_host(got)
     assert got.dtype == want.dtype and got.shape == want.shape
     a, b = ((x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x for x in (got, want))
     same = (got.view(np.uint8) == want.view(np.uint8)).reshape(*got.shape, -1).all(-1)
@@ -115,6 +116,7 @@ def test_ids_are_read_when_a_graph_runs(cupy):
     data, ids = random_bytes("Q8_0", 9, 2), cupy.zeros(2, np.int64)
     out, on_device = cupy.empty((2, 64), np.float32), cupy.asarray(data)
     stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()  # the stream doesn't wait for what was done before
     with stream:
         dequantize_rows(on_device, ids, formats.get("Q8_0"), out)  # loads the kernel
         stream.begin_capture()

@@ -94,6 +94,14 @@ def test_quantized_arrays_live_on_a_gpu(cupy):
     assert nmse(cupy.asnumpy(cupy.asarray(x) @ there.T), qattn.matmul(x, w)) < 1e-6
 
 
+def test_rows_out_of_range_are_refused(cupy):
+    w = random_weights("Q4_0", 20, 64).to("cuda:0")
+    for wrong in ([20], np.array([3, -21])):
+        with pytest.raises(IndexError, match="is out of bounds for axis 0 with size 20"):
+            w[wrong]
+    assert w[[19, -20]].shape == (2, 64)
+
+
 def test_stacks_of_formats_are_packed_and_moved(cupy):
     stack = np.concatenate(
         [random_weights("Q4_0", 5, 256), random_weights("Q6_K", 20, 256), random_weights("F16", 3, 256)]
@@ -147,7 +155,7 @@ def test_arrays_of_other_libraries_are_viewed(cupy, monkeypatch):
     packed = qattn.PackedMatrix(w).to("cuda:0")
     out = qattn.matmul(Tensor(x), packed)
     assert isinstance(out, cupy.ndarray)
-    np.testing.assert_array_equal(out, qattn.matmul(asarray(x), packed))
+    np.testing.assert_array_equal(cupy.asnumpy(out), cupy.asnumpy(qattn.matmul(asarray(x), packed)))
 
 
 def test_functions_give_what_they_give_on_a_cpu(cupy):
@@ -233,6 +241,14 @@ def test_a_file_opened_for_a_gpu_gives_arrays_and_layers_there(cupy, tmp_path):
     there, here = qattn.GGUFQAttentionWithRope.from_gguf(file, 1), qattn.GGUFQAttentionWithRope.from_gguf(file.path, 1)
     x = normal((4, tiny_model.HIDDEN))
     assert there.device == "cuda:0" and nmse(there(cupy.asarray(x)), here(x)) < 1e-4
+
+
+def test_frequency_factors_of_a_file_reach_the_gpu(cupy, tmp_path):
+    weights = tiny_model.weights() | {"rope_freqs.weight": np.linspace(1, 8, 8, dtype=np.float32)}
+    file = qattn.open(tiny_model.write(tmp_path / "tiny.gguf", weights), device="cuda:0")
+    there, here = qattn.GGUFQAttentionWithRope.from_gguf(file), qattn.GGUFQAttentionWithRope.from_gguf(file.path)
+    x = normal((4, tiny_model.HIDDEN))
+    assert nmse(there(cupy.asarray(x)), here(x)) < 1e-4 and there.rope.frequencies[-1] == here.rope.frequencies[-1]
 
 
 def test_a_model_writes_the_same_on_a_gpu_by_replaying_a_graph(cupy, tmp_path):

@@ -184,6 +184,7 @@ def test_a_step_can_be_captured(cupy):
     cache, lengths, q = step.run(cupy, "f16")
     arguments = step.arguments(cupy)
     stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()  # the stream doesn't wait for what was done before
     with stream:
         stream.begin_capture()
         cuda_rope.rotate_and_store("f16")(*arguments, cache, lengths, q)
