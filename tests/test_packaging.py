@@ -49,6 +49,7 @@ def test_importing_the_models_imports_no_extra():
     assert not {name for name in loaded if name in OPTIONAL}
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests run at the same time")
 def test_importing_qattn_takes_less_than_0_6_seconds():
     code = "import time; start = time.perf_counter(); import qattn; print(time.perf_counter() - start)"
     assert min(float(python(code)) for _ in range(3)) < 0.6  # the best of three: other processes may be at work
