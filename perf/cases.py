@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
+import harness
 import numpy as np
 
 import qattn
@@ -108,6 +110,27 @@ def random_layer(
         }
     )
     return layer
+
+
+class Layers:
+    """Equal layers that together exceed the processor's caches, to be called in turn."""
+
+    def __init__(self, name: str, shape: Shape = Shape()) -> None:  # noqa: B008
+        first = random_layer(name, shape)
+        self.bytes, self.params, self.shape = layer_bytes(first), first.kv_params, shape
+        self.all = [first, *(random_layer(name, shape) for _ in range(harness.copies(self.bytes) - 1))]
+
+    def step(self, tokens: int, depth: int, sequences: int = 1) -> Callable[[], object]:
+        """A call with new tokens for each sequence, behind `depth` others."""
+        caches = [random_cache(self.params, depth, room=tokens, sequences=sequences) for _ in self.all]
+        x, offsets = gaussian(sequences * tokens, self.shape.hidden), np.arange(sequences + 1) * tokens
+
+        def call(both: Any) -> None:
+            layer, cache = both
+            cache.lengths[:] = depth
+            layer(x, kv_cache=cache, row_offsets=offsets)
+
+        return harness.in_turn(zip(self.all, caches, strict=True), call)
 
 
 def layer_bytes(layer: qattn.GGUFQAttentionWithRope) -> int:

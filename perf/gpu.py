@@ -177,7 +177,7 @@ class Bench:
         batch = Batch(zeros, zeros, zeros, self.cupy.asarray(np.array([0, 1])), one_each=True)
         program = cuda.Program()
         with program.recording():
-            layer.forward(x, cache, batch, layer.rope.table(1, self.device))
+            layer.forward(x, cache, batch, layer.rope.rotation(1, self.device))
         yield self.row(f"{name} layer, one token, from a graph", self.seconds(program.replay), moved=layer_bytes(layer))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import harness
 import numpy as np
 import roofline
-from cases import Shape, gaussian, layer_bytes, random_cache, random_layer, write_llama
+from cases import Layers, Shape, gaussian, layer_bytes, random_cache, write_llama
 
 import qattn
 from qattn.attention import _batch
@@ -37,22 +37,13 @@ class Bench:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args, self.limits = name, args, roofline.limits(args.threads)
-        first = random_layer(name)
-        self.bytes = layer_bytes(first)
-        self.layers = [first, *(random_layer(name) for _ in range(harness.copies(self.bytes) - 1))]
+        self.layers = Layers(name)
+        self.bytes = self.layers.bytes
 
     def case(self, case: str, tokens: int, depth: int, sequences: int = 1) -> harness.Row:
         """Time `tokens` new ones for each sequence, behind `depth` others."""
-        params = self.layers[0].kv_params
-        caches = [random_cache(params, depth, room=tokens, sequences=sequences) for _ in self.layers]
-        x, offsets = gaussian(sequences * tokens, SHAPE.hidden), np.arange(sequences + 1) * tokens
-
-        def step(both: Any) -> None:
-            layer, cache = both
-            cache.lengths[:] = depth
-            layer(x, kv_cache=cache, row_offsets=offsets)
-
-        timing = harness.measure(harness.in_turn(zip(self.layers, caches, strict=True), step), self.args.rounds)
+        params = self.layers.params
+        timing = harness.measure(self.layers.step(tokens, depth, sequences), self.args.rounds)
         floor = self._floor(sequences * tokens, sequences * params.bytes_per_token * (depth + tokens), tokens, depth)
         return {
             "format": self.name,
@@ -72,8 +63,8 @@ class Bench:
 
     def stages(self, case: str, tokens: int, depth: int) -> harness.Row:
         """The median time of each stage of a step, in ms."""
-        params, samples = self.layers[0].kv_params, []
-        turns = itertools.cycle([(layer, random_cache(params, depth, room=tokens)) for layer in self.layers])
+        params, samples = self.layers.params, []
+        turns = itertools.cycle([(layer, random_cache(params, depth, room=tokens)) for layer in self.layers.all])
         x = gaussian(tokens, SHAPE.hidden)
         for _ in range(2 + max(self.args.rounds, 30 // tokens)):
             samples.append(_stage_times(*next(turns), x, depth))
@@ -86,7 +77,7 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
     cache.lengths[:] = depth
     offsets = np.array([0, len(x)])
     batch = _batch(cache, offsets)
-    tables = layer.rope.table(depth + len(x))
+    rotation = layer.rope.rotation(depth + len(x))
     times = [time.perf_counter()]
 
     def clock(call: Callable[[], Any]) -> Any:
@@ -96,7 +87,7 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
 
     qkv = clock(lambda: layer._project(x, cpu))
     q = np.empty((len(x), layer.num_attention_heads, layer.kv_params.head_dim), np.float32)
-    clock(lambda: cpu.rotate_and_store(qkv, *tables, batch, layer.rope.neox, cache, q))
+    clock(lambda: cpu.rotate_and_store(qkv, rotation, batch, cache, q))
     heads, _ = clock(lambda: cpu.attend(q, cache, offsets, layer.mask, layer.scale, exact=False))
     clock(lambda: layer.o_proj(heads.reshape(len(x), -1)))
     return list(np.diff(times))
@@ -136,7 +127,7 @@ def main() -> None:
         stages += [bench.stages(f"decode @ {depth}", 1, depth) for depth in args.depths]
         if len(decode) > 1:
             slope, start = np.polyfit(args.depths, [row["ms"] for row in decode], 1)
-            speed = bench.layers[0].kv_params.bytes_per_token / slope / 1e6
+            speed = bench.layers.params.bytes_per_token / slope / 1e6
             fits.append({"format": name, "ms at depth 0": start, "µs per 1000 keys": 1e6 * slope, "KV GB/s": speed})
         del bench
         sizes = memory(name, 4096)

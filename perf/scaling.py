@@ -20,7 +20,7 @@ from typing import Any
 
 import harness
 import numpy as np
-from cases import Shape, gaussian, layer_bytes, random_cache, random_layer, random_weights
+from cases import Layers, Shape, gaussian, random_cache, random_weights
 
 import qattn
 from qattn import masks
@@ -34,27 +34,6 @@ ODD_HEADS = (64, 80, 96, 128, 256)
 ODD_DEPTHS = (4080, 4095, 4096, 4097, 4111)
 BATCHES = (1, 2, 4, 8, 16)
 Calls = dict[Any, Callable[[], object]]
-
-
-class Layers:
-    """Copies of a layer, to be called in turn."""
-
-    def __init__(self, name: str) -> None:
-        first = random_layer(name)
-        self.all = [first, *(random_layer(name) for _ in range(harness.copies(layer_bytes(first)) - 1))]
-
-    def step(self, tokens: int, depth: int, sequences: int = 1) -> Callable[[], object]:
-        """A call with new tokens for each sequence, behind `depth` others."""
-        params = self.all[0].kv_params
-        caches = [random_cache(params, depth, room=tokens, sequences=sequences) for _ in self.all]
-        x, offsets = gaussian(sequences * tokens, SHAPE.hidden), np.arange(sequences + 1) * tokens
-
-        def call(both: Any) -> None:
-            layer, cache = both
-            cache.lengths[:] = depth
-            layer(x, kv_cache=cache, row_offsets=offsets)
-
-        return harness.in_turn(zip(self.all, caches, strict=True), call)
 
 
 def fitted(what: str, sizes: tuple[int, ...], calls: Calls, rounds: int) -> harness.Row:

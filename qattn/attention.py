@@ -20,7 +20,7 @@ from qattn.linear import Linear
 from qattn.masks import MHAMaskVariant
 from qattn.masks import get as get_mask
 from qattn.packing import PackedMatrix
-from qattn.rope import RotaryEmbedding
+from qattn.rope import RotaryEmbedding, Rotation
 
 Array = np.ndarray[Any, Any]
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -251,22 +251,22 @@ class AttentionWithRope:
             batch = batch._replace(angles=ops.token_positions(positions, len(x)))
         lengths = cache.lengths + np.diff(offsets)
         cache.reserve(lengths)
-        tables = self.rope.table(int(batch.angles.max(initial=-1)) + 1, self.device)
+        rotation = self.rope.rotation(int(batch.angles.max(initial=-1)) + 1, self.device)
         with devices.current(self.device):
-            out = self.forward(x, cache, batch.to(self.device), tables)
+            out = self.forward(x, cache, batch.to(self.device), rotation)
         cache.note(lengths)
         return out
 
-    def forward(self, x: Array, cache: KVCache, batch: Batch, tables: tuple[Array, Array]) -> Array:
+    def forward(self, x: Array, cache: KVCache, batch: Batch, rotation: Rotation) -> Array:
         """The steps of a call, without its checks.
 
         x : (tokens, hidden_size) float32, for which the cache has room
         batch : where they belong, on the layer's device
-        tables : cosines and sines for all of the batch's angles
+        rotation : for all of the batch's angles
         """
         backend = backends.of(x)
         qkv = self._project(x, backend)
-        heads = self._rotate_and_attend(qkv, cache, batch, tables, backend)
+        heads = self._rotate_and_attend(qkv, cache, batch, rotation, backend)
         return self.o_proj(heads.reshape(len(x), self.num_attention_heads * self.kv_params.values))  # type: ignore[misc]
 
     def _check_input(self, x: Any, cache: KVCache, row_offsets: Any) -> tuple[Array, Array]:
@@ -302,15 +302,11 @@ class AttentionWithRope:
         qkv = backend.scratch("qkv", (len(x), sum(self._projection_rows())))
         return ops.affine(x, self._qkv_proj, self._bias, out=qkv, precision=self.precision)  # type: ignore[arg-type]
 
-    def _rotate_and_attend(
-        self, qkv: Array, cache: KVCache, batch: Batch, tables: tuple[Array, Array], backend: Any
-    ) -> Array:
+    def _rotate_and_attend(self, qkv: Array, cache: KVCache, batch: Batch, rotation: Rotation, backend: Any) -> Array:
         """Rotate q and k, append k and v to the cache, and attend: (tokens, heads, value_dim) float32."""
         heads = backend.scratch("heads", (len(qkv), self.num_attention_heads, self.kv_params.values))
         exact = self.precision == "exact"
-        backend.rotate_and_attend(
-            qkv, *tables, batch, self.rope.neox, cache, self.mask, self.scale, exact=exact, out=heads
-        )
+        backend.rotate_and_attend(qkv, rotation, batch, cache, self.mask, self.scale, exact=exact, out=heads)
         return heads  # type: ignore[no-any-return]
 
     def reset(self) -> None:

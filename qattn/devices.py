@@ -9,7 +9,7 @@ from typing import Any
 
 from qattn.errors import DeviceError
 
-CAPABILITY = (8, 0)  # what the kernels need: Ampere and newer
+CAPABILITY = (8, 0)  # the oldest that has the instructions of `qattn.cuda.ptx`: Ampere
 
 
 def resolve(device: str) -> str:

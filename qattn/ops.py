@@ -17,7 +17,7 @@ from qattn.errors import DeviceError
 from qattn.kv_cache import KVCache, KVCacheParams
 from qattn.masks import Mask, MHAMaskVariant
 from qattn.packing import PackedMatrix
-from qattn.rope import RotaryEmbedding
+from qattn.rope import RotaryEmbedding, Rotation
 
 Array = np.ndarray[Any, Any]
 Precision = Literal["int8", "exact"]
@@ -133,8 +133,8 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
     xp = namespace(x)
     with devices.current(device_of(x)):
         out = _output(out, xp, x.shape)
-        cos, sin = rotary.table(int(positions.max(initial=-1)) + 1, device_of(x))
-        backends.of(x).rotate(as_float32(x), cos, sin, xp.asarray(positions), rotary.neox, out)
+        rotation = rotary.rotation(int(positions.max(initial=-1)) + 1, device_of(x))
+        backends.of(x).rotate(as_float32(x), rotation, xp.asarray(positions), out)
     return out
 
 
@@ -215,7 +215,7 @@ def store(kv: Array, cache: KVCache) -> None:
     zeros, places = np.zeros(tokens, np.int64), np.arange(start, start + tokens)
     nothing, q = xp.empty((1, 0), np.float32), xp.empty((tokens, 0, cache.params.head_dim), np.float32)
     batch = Batch(*map(xp.asarray, (zeros, places, zeros, np.array([0, tokens]))))
-    backends.of(kv).rotate_and_store(kv, nothing, nothing, batch, False, cache, q)
+    backends.of(kv).rotate_and_store(kv, Rotation(nothing, nothing, neox=False), batch, cache, q)
     cache.note(np.array([start + tokens]))
 
 

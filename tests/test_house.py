@@ -65,7 +65,14 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in ("cpu", "cuda")], ids=module_of)
 def test_kernels_know_no_format_mask_or_layer(path):
-    known = (f"qattn.{path.parent.name}", "qattn.errors", "qattn.layout", "qattn.batch", "qattn._cache")
+    known = (
+        f"qattn.{path.parent.name}",
+        "qattn.errors",
+        "qattn.layout",
+        "qattn.batch",
+        "qattn.devices",
+        "qattn._cache",
+    )
     for module in imports(path):
         assert not module.startswith("qattn.") or module.startswith(known), module
 

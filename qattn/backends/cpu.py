@@ -22,6 +22,7 @@ from qattn.cpu.target import TARGET
 from qattn.cpu.threads import get_num_threads
 from qattn.layout import CELL
 from qattn.packing import PackedMatrix, Part, part_values
+from qattn.rope import Rotation
 
 Array = np.ndarray[Any, Any]
 
@@ -73,13 +74,15 @@ def add_bias(out: Array, bias: Array) -> None:
     cpu_matmul.add_bias(out, bias, parts=_parts_of(len(out)))
 
 
-def rotate(x: Array, cos: Array, sin: Array, positions: Array, neox: bool, out: Array) -> None:
+def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
     """out = heads rotated by the angles of their positions: see `qattn.cpu.rope`."""
+    cos, sin, neox = rotation
     cpu_rope.rotate(x, cos, sin, positions, neox, out, parts=_parts_of(len(x)))
 
 
-def rotate_and_store(qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: Any, q: Array) -> None:
+def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q: Array) -> None:
     """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cpu.rope`."""
+    cos, sin, neox = rotation
     run = cpu_rope.rotate_and_store(cache.params.kind)
     run(qkv, cos, sin, batch, neox, cache.view(), cache.counts, q, parts=_parts_of(len(qkv)))
 
@@ -98,30 +101,20 @@ def attend(
     lse = np.empty(q.shape[:2], np.float32)
     partial = cpu_attention.Partial.room(row_offsets, cache.capacity, q.shape[1], view.value_dim)
     large = cache.capacity * q.size > _LARGE or is_recording()
-    parts, slots = 4 * get_num_threads() if large else 1, np.arange(cache.sequences)
+    parts = 4 * get_num_threads() if large else 1
     run = cpu_attention.attend(storage, type(mask))  # type: ignore[arg-type]
-    run(q, view, slots, row_offsets, cache.counts, np.float32(scale), mask, out, lse, partial, parts=parts)
+    run(q, view, cache.slots, row_offsets, cache.counts, np.float32(scale), mask, out, lse, partial, parts=parts)
     if partial.lse.size:
         cpu_attention.merge(row_offsets, cache.counts, cache.params.n_kv_heads, partial, out, lse, parts=parts)
     return out, lse
 
 
 def rotate_and_attend(
-    qkv: Array,
-    cos: Array,
-    sin: Array,
-    batch: Batch,
-    neox: bool,
-    cache: Any,
-    mask: Any,
-    scale: float,
-    *,
-    exact: bool,
-    out: Array,
+    qkv: Array, rotation: Rotation, batch: Batch, cache: Any, mask: Any, scale: float, *, exact: bool, out: Array
 ) -> None:
     """out (tokens, heads, value_dim) = attention of projected rows, which are rotated and appended to the cache."""
     q = scratch("q", (*out.shape[:2], cache.params.head_dim))
-    rotate_and_store(qkv, cos, sin, batch, neox, cache, q)
+    rotate_and_store(qkv, rotation, batch, cache, q)
     attend(q, cache, batch.row_offsets, mask, scale, exact=exact, out=out)
 
 

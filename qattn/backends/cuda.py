@@ -20,6 +20,7 @@ from qattn.cuda.program import Program as Program
 from qattn.cuda.unpack import unpack as unpack_part
 from qattn.layout import CELL
 from qattn.packing import PackedMatrix, Part
+from qattn.rope import Rotation
 
 Array = Any
 
@@ -60,13 +61,15 @@ def add_bias(out: Array, bias: Array) -> None:
     cuda_matmul.add_bias(out, bias)
 
 
-def rotate(x: Array, cos: Array, sin: Array, positions: Array, neox: bool, out: Array) -> None:
+def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
     """out = heads rotated by the angles of their positions: see `qattn.cuda.rope`."""
+    cos, sin, neox = rotation
     cuda_rope.rotate(x, cos, sin, positions, neox, out)
 
 
-def rotate_and_store(qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: Any, q: Array) -> None:
+def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q: Array) -> None:
     """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cuda.rope`."""
+    cos, sin, neox = rotation
     run = cuda_rope.rotate_and_store(cache.params.kind)
     run(qkv, None, 0.0, None, None, 0.0, cos, sin, batch, neox, cache.view(), cache.counts, q)
 
@@ -84,26 +87,16 @@ def attend(
     kind, view = cache.params.kind, cache.view()
     storage = cuda_attention.Storage(kind, "f32" if exact else kind)
     out = cupy.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
-    lse, slots = cupy.empty(q.shape[:2], np.float32), cupy.arange(cache.sequences)
+    lse = cupy.empty(q.shape[:2], np.float32)
     shape = len(q), cache.sequences, q.shape[1], cache.params.n_kv_heads, cache.capacity, view.value_dim
     partial = cuda_attention.Partial.room(*shape)
     run = cuda_attention.attend(storage, type(mask))  # type: ignore[arg-type]
-    run(q, view, slots, row_offsets, cache.counts, scale, mask, out, lse, partial)
+    run(q, view, cache.slots, row_offsets, cache.counts, scale, mask, out, lse, partial)
     return out, lse
 
 
 def rotate_and_attend(
-    qkv: Array,
-    cos: Array,
-    sin: Array,
-    batch: Batch,
-    neox: bool,
-    cache: Any,
-    mask: Any,
-    scale: float,
-    *,
-    exact: bool,
-    out: Array,
+    qkv: Array, rotation: Rotation, batch: Batch, cache: Any, mask: Any, scale: float, *, exact: bool, out: Array
 ) -> None:
     """out (tokens, heads, value_dim) = attention of projected rows, which are rotated and appended to the cache.
 
@@ -113,12 +106,13 @@ def rotate_and_attend(
     storage = cuda_attention.Storage(kind, "f32" if exact else kind)
     if not batch.one_each or cuda_attention.path(storage, cache.params.head_dim, value_dim) == "exact":
         q = scratch("q", (tokens, heads, cache.params.head_dim))
-        rotate_and_store(qkv, cos, sin, batch, neox, cache, q)
+        rotate_and_store(qkv, rotation, batch, cache, q)
         attend(q, cache, batch.row_offsets, mask, scale, exact=exact, out=out)
         return
     partial = cuda_attention.Partial.room(tokens, tokens, heads, cache.params.n_kv_heads, cache.capacity, value_dim)
     lse = scratch("lse", (tokens, heads))
     run = cuda_attention.rotate_and_attend(storage, type(mask))  # type: ignore[arg-type]
+    cos, sin, neox = rotation
     nothing = None, 0.0, None, None, 0.0  # no bias, clip nor norm: those of the projection are done
     run(qkv, *nothing, cos, sin, batch, neox, cache.view(), cache.counts, scale, mask, out, lse, partial)
 

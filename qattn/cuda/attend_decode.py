@@ -43,7 +43,7 @@ from qattn.cuda.attend_tiles import (
     row_min,
 )
 from qattn.cuda.kernel import Kernel, device, kernel
-from qattn.cuda.rope import narrow
+from qattn.cuda.values import narrow_for
 
 ROWS = 16  # of a tile
 KEYS = 16  # of a warp's step
@@ -339,7 +339,7 @@ def block_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[.
 def decode_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel:
     """The kernel for a cache of that kind, a mask, and heads of these sizes; launched with `Sizes.launch`."""
     sizes = Sizes(head_dim, value_dim)
-    bounds, narrowed, sums = bounds_of(mask), narrow(kind), value_dim // 2
+    bounds, narrowed, sums = bounds_of(mask), narrow_for(kind), value_dim // 2
     stride, warps = sizes.query_stride, sizes.warps
     walk, finish = block_steps(kind, sizes)
 

@@ -9,7 +9,6 @@ lanes multiply with, queries and weights, they read four at a time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint32
@@ -25,10 +24,11 @@ from qattn.cuda.attend_tiles import (
     natural_lse,
     part_of,
     row_at,
-    warp_max,
 )
 from qattn.cuda.kernel import Kernel, device, kernel
-from qattn.cuda.rope import ELEMENT, warp_sum
+from qattn.cuda.rope import ELEMENT
+from qattn.cuda.values import widen_for
+from qattn.cuda.warps import warp_max, warp_sum
 
 ROWS = 4  # of a warp
 KEYS = 32  # of a step: a lane each
@@ -57,19 +57,9 @@ class Sizes(NamedTuple):
 
 
 @functools.cache
-def widen(kind: str) -> Callable[..., Any]:
-    """A cache's element → float32."""
-    if kind == "f32":
-        return device(lambda x: x)  # type: ignore[no-any-return]
-    if kind == "f16":
-        return device(lambda x: ptx.f16_to_f32(x))  # type: ignore[no-any-return]
-    return device(lambda x: ptx.float_of(uint32(x) << uint32(16)))  # type: ignore[no-any-return]
-
-
-@functools.cache
 def exact_kernel(kind: str, mask: Any) -> Kernel:
     """The kernel for a cache of that kind, and a mask."""
-    bounds, wide = bounds_of(mask), widen(kind)
+    bounds, wide = bounds_of(mask), widen_for(kind)
 
     @device
     def bring(there, at, size, start, shared):  # type: ignore[no-untyped-def]

@@ -28,7 +28,6 @@ from numba import cuda, float32, int32, int64, uint16, uint32
 from qattn.cuda import ptx
 from qattn.cuda.attend_decode import pack, product
 from qattn.cuda.attend_tiles import (
-    ALL_LANES,
     EMPTY,
     HIDDEN,
     bounds_of,
@@ -43,6 +42,7 @@ from qattn.cuda.attend_tiles import (
     row_min,
 )
 from qattn.cuda.kernel import Kernel, device, kernel
+from qattn.cuda.warps import ALL_LANES
 
 WARPS = 4
 STEP = 32  # keys: with 64, a thread has no registers for their scores beside the output of two tiles of rows

@@ -14,8 +14,8 @@ from numba import cuda, float32, int32, uint32
 
 from qattn.cuda import ptx
 from qattn.cuda.kernel import device
+from qattn.cuda.warps import ALL_LANES
 
-ALL_LANES = 0xFFFFFFFF
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 HIDDEN = -1e30  # below every score; finite, so that a row without any visible key gives 0, not NaN
@@ -114,14 +114,6 @@ def row_max(value):  # type: ignore[no-untyped-def]
     """The largest, likewise."""
     for step in (4, 8, 16):
         value = int32(max(value, int32(cuda.shfl_xor_sync(ALL_LANES, value, step))))
-    return value
-
-
-@device
-def warp_max(value):  # type: ignore[no-untyped-def]
-    """The largest over the lanes of a warp, for each lane."""
-    for step in (16, 8, 4, 2, 1):
-        value = max(value, cuda.shfl_xor_sync(ALL_LANES, value, step))
     return value
 
 

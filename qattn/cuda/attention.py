@@ -56,10 +56,10 @@ from qattn.cuda.attend_tiles import (
     inverse,
     mask_fields,
     natural_lse,
-    warp_max,
 )
 from qattn.cuda.kernel import kernel
-from qattn.cuda.rope import NO_CLIP, flags_of, warp_sum
+from qattn.cuda.rope import NO_CLIP, flags_of
+from qattn.cuda.warps import warp_max, warp_sum
 
 FEW = 4  # new tokens of each sequence, on average, up to which reading K and V is what takes the time
 MAX_PARTS = 128  # of a tile's keys: a thread each in `merge`

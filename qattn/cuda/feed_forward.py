@@ -14,11 +14,11 @@ from numba import cuda, types
 from qattn.cuda import ptx
 from qattn.cuda.kernel import device, kernel
 from qattn.cuda.values import store_four
+from qattn.cuda.warps import warp_sum
 
 Array = Any  # of CuPy
 THREADS = 256
 _LOG2_E = np.float32(math.log2(math.e))
-_ALL = 0xFFFFFFFF  # lanes
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
@@ -58,21 +58,14 @@ def _aligned(x, y, z):  # type: ignore[no-untyped-def]
 
 
 @device
-def _sum_of_lanes(value):  # type: ignore[no-untyped-def]
-    for step in (16, 8, 4, 2, 1):
-        value += cuda.shfl_xor_sync(_ALL, value, step)
-    return value
-
-
-@device
 def _sum_of_block(value, partial):  # type: ignore[no-untyped-def]
     """The sum of all threads' values, for all of them; `partial` has room for 32 warps."""
     lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
-    value = _sum_of_lanes(value)
+    value = warp_sum(value)
     if lane == 0:
         partial[np.uint32(warp)] = value
     cuda.syncthreads()
-    return _sum_of_lanes(partial[np.uint32(lane)] if lane < cuda.blockDim.x >> 5 else np.float32(0))
+    return warp_sum(partial[np.uint32(lane)] if lane < cuda.blockDim.x >> 5 else np.float32(0))
 
 
 @kernel("f32* f32* f32 i32 f32*")

@@ -37,8 +37,8 @@ from numba import cuda, types
 from numba.cuda import dispatcher
 
 from qattn import _cache
+from qattn.devices import CAPABILITY
 
-CAPABILITY = (8, 0)  # the oldest that has the instructions of `qattn.cuda.ptx`
 _SOURCES = ("cuda/*.py", "formats/*.py", "masks/*.py")
 _TYPES = {
     "u8": types.uint8,

@@ -10,36 +10,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from numba import cuda, float32, int32, int64, uint16, uint32
+from numba import cuda, float32, int32, int64, uint32
 
 from qattn.batch import Batch
 from qattn.cuda import ptx
 from qattn.cuda.kernel import Kernel, device, kernel
+from qattn.cuda.values import narrow_for
+from qattn.cuda.warps import warp_sum
 
 WARPS = 4  # heads per block
 ELEMENT = {"f32": "f32", "f16": "u16", "bf16": "u16"}  # the kernel argument of a cache's element
 NO_CLIP = 3e38  # above every finite float that matters; infinity would not survive fast math
-ALL_LANES = 0xFFFFFFFF
 BIAS, Q_NORM, K_NORM, NEOX = 1, 2, 4, 8  # bits of `flags`
 Array = Any
-
-
-@functools.cache
-def narrow(kind: str) -> Callable[..., Any]:
-    """float32 → the cache's element, rounded to nearest even."""
-    if kind == "f32":
-        return device(lambda value: value)  # type: ignore[no-any-return]
-    if kind == "f16":
-        return device(lambda value: ptx.f32_to_f16(value))  # type: ignore[no-any-return]
-    return device(lambda value: uint16(ptx.pack_bf16(value, float32(0))))  # type: ignore[no-any-return]
-
-
-@device
-def warp_sum(value):  # type: ignore[no-untyped-def]
-    """The sum over the lanes of a warp, for each lane."""
-    for step in (16, 8, 4, 2, 1):
-        value = float32(value + cuda.shfl_xor_sync(ALL_LANES, value, step))
-    return value
 
 
 @device
@@ -58,7 +41,7 @@ def turn_head(kind: str) -> Callable[..., Any]:
     The head lies in x[row + column] on.  Targets of kind "f32" take the values, others rounded ones.  `norm` is the bit
     of `flags` that says whether `weights` are given.
     """
-    put = narrow(kind)
+    put = narrow_for(kind)
 
     @device
     def run(  # type: ignore[no-untyped-def]
@@ -103,7 +86,7 @@ def turn_head(kind: str) -> Callable[..., Any]:
 @functools.cache
 def store_value(kind: str) -> Callable[..., Any]:
     """A device function for one warp: a value, with bias and clamped, into values[to] on."""
-    put = narrow(kind)
+    put = narrow_for(kind)
 
     @device
     def run(x, row, column, bias, clip, flags, value_dim, values, to):  # type: ignore[no-untyped-def]

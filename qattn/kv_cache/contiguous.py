@@ -91,6 +91,8 @@ class KVCache:
         self.lengths: Array = np.zeros(sequences, np.int64)
         self.counts: Any = self.lengths if self.device == "cpu" else devices.asarray(self.lengths, self.device)
         """The lengths that kernels read and update: `lengths` itself on a CPU, and on a GPU an array there."""
+        self.slots: Any = devices.asarray(np.arange(sequences), self.device)
+        """(sequences,) int64, for kernels: each sequence lies at its own number."""
         self._layout = layout_for(self.device)
         self._keys, self._values = self._layout.room(params, sequences, 0)
 

@@ -21,6 +21,7 @@ from qattn.models import architectures
 from qattn.models.config import ModelConfig
 from qattn.ops import Precision
 from qattn.packing import PackedMatrix
+from qattn.rope import Rotation
 
 Array = np.ndarray[Any, Any]
 _CHUNK = 512  # tokens computed at once: enough for full speed, and few enough that what lies between layers stays small
@@ -227,7 +228,7 @@ class Decoder:
 
     def _layers_of(self, x: Array, batch: Batch, positions: int) -> None:
         for layer in self.layers:
-            layer(x, batch, layer.attention.rope.table(positions, self.device))
+            layer(x, batch, layer.attention.rope.rotation(positions, self.device))
 
     def _reserve(self, length: int) -> None:
         """Make room for a sequence of that length in all caches."""
@@ -270,12 +271,12 @@ class Layer:
         self.feed_forward_norm, self.gate_up, self.down = feed_forward_norm, gate_up, down
         self.epsilon = epsilon
 
-    def __call__(self, x: Array, batch: Batch, tables: tuple[Array, Array]) -> None:
+    def __call__(self, x: Array, batch: Batch, rotation: Rotation) -> None:
         """Update x (tokens, hidden_size) float32 in place; the attention's cache has room for the batch."""
         backend = backends.of(x)
         normed = backend.scratch("normed", x.shape)
         backend.rms_norm(x, self.attention_norm, self.epsilon, normed)
-        backend.add(x, self.attention.forward(normed, self.attention.kv_cache, batch, tables))
+        backend.add(x, self.attention.forward(normed, self.attention.kv_cache, batch, rotation))
         backend.rms_norm(x, self.feed_forward_norm, self.epsilon, normed)
         gate_up = backend.scratch("gate and up", (len(x), self.gate_up.shape[0]))
         gated = backend.scratch("gated", (len(x), self.down.shape[1]))
@@ -296,8 +297,6 @@ class _Step:
         decoder._reserve(length + 1)
         self._parts = self._parts_of(decoder)
         self._positions = min(layer.attention.kv_cache.capacity for layer in decoder.layers)
-        for layer in decoder.layers:
-            layer.attention.rope.table(self._positions, decoder.device)
         self._recordable = all(type(layer.attention.o_proj) is Linear for layer in decoder.layers)
         self._warm = False
 

@@ -7,7 +7,7 @@ convention: GGUF's "normal" models interleave them, (2i, 2i + 1); NeoX models pa
 from __future__ import annotations
 
 import operator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,16 @@ from qattn import devices
 
 Pairing = Literal["interleaved", "neox"]
 PAIRINGS: tuple[Pairing, ...] = ("interleaved", "neox")
+
+
+class Rotation(NamedTuple):
+    """What kernels need to rotate heads."""
+
+    cos: Any
+    """(positions, rope_dims / 2) float32, on the device that computes."""
+    sin: Any
+    neox: bool
+    """Whether pairs are half a head apart."""
 
 
 class RotaryEmbedding:
@@ -86,6 +96,10 @@ class RotaryEmbedding:
         if device not in self._copies:
             self._copies[device] = (devices.asarray(self._cos, device), devices.asarray(self._sin, device))
         return self._copies[device]
+
+    def rotation(self, positions: int, device: str = "cpu") -> Rotation:
+        """The table for positions 0 … at least `positions` - 1, and the pairing."""
+        return Rotation(*self.table(positions, device), self.neox)
 
     def _grow(self, positions: int) -> None:
         have = len(self._cos)
