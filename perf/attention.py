@@ -16,6 +16,7 @@ from cases import Shape, gaussian, random_cache
 import qattn
 from qattn import masks
 from qattn.backends import cpu
+from qattn.logits import Logits
 
 CASES = {
     "prefill 512 @ 0": (512, 0),
@@ -31,8 +32,9 @@ def measure(case: str, shape: Shape, dtype: str, args) -> harness.Row:  # type: 
     kv_bytes = params.bytes_per_token * (depth + tokens)
     caches = [random_cache(params, depth + tokens) for _ in range(harness.copies(kv_bytes))]
     q, offsets, mask = gaussian(tokens, shape.heads, shape.head_dim), np.array([0, tokens]), masks.get("causal")
-    scale = shape.head_dim**-0.5
-    call = harness.in_turn(caches, lambda cache: cpu.attend(q, cache, offsets, mask, scale, exact=args.exact))
+    call = harness.in_turn(
+        caches, lambda cache: cpu.attend(q, cache, offsets, mask, Logits(shape.head_dim**-0.5), exact=args.exact)
+    )
     time = harness.measure(call, args.rounds)
     operations = shape.attention_ops(tokens, depth)
     kind = "bf16" if dtype == "bfloat16" and not args.exact else "f32"

@@ -23,6 +23,7 @@ from cases import Shape, gaussian, layer_bytes, random_layer, random_weights
 import qattn
 from qattn import devices, formats, masks
 from qattn.batch import Batch
+from qattn.logits import Logits
 
 
 class Sizes(NamedTuple):
@@ -136,7 +137,7 @@ class Bench:
             q = cupy.asarray(gaussian(sequences * tokens, shape.heads, shape.head_dim))
             out, offsets = cupy.empty_like(q), cupy.asarray(np.arange(sequences + 1) * tokens)
             attend = functools.partial(
-                cuda.attend, q, cache, offsets, causal, shape.head_dim**-0.5, exact=False, out=out
+                cuda.attend, q, cache, offsets, causal, Logits(shape.head_dim**-0.5), exact=False, out=out
             )
             seconds = self.seconds(self.recorded([attend]))
             if tokens == 1:

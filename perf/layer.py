@@ -24,8 +24,9 @@ import roofline
 from cases import Layers, Shape, gaussian, layer_bytes, random_cache, write_llama
 
 import qattn
-from qattn.attention import _batch
 from qattn.backends import cpu
+from qattn.batch import Batch
+from qattn.logits import Logits
 
 SHAPE = Shape()
 STAGES = ("project", "rope+store", "attend", "output")
@@ -76,7 +77,7 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
     """One step of a layer, call by call as in its ``__call__``: seconds of each."""
     cache.lengths[:] = depth
     offsets = np.array([0, len(x)])
-    batch = _batch(cache, offsets)
+    batch = Batch.appended(cache.lengths + np.diff(offsets), offsets)
     rotation = layer.rope.rotation(depth + len(x))
     times = [time.perf_counter()]
 
@@ -85,10 +86,10 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
         times.append(time.perf_counter())
         return result
 
-    qkv = clock(lambda: layer._project(x, cpu))
+    qkv = clock(lambda: layer._projection(x))
     q = np.empty((len(x), layer.num_attention_heads, layer.kv_params.head_dim), np.float32)
     clock(lambda: cpu.rotate_and_store(qkv, rotation, batch, cache, q))
-    heads, _ = clock(lambda: cpu.attend(q, cache, offsets, layer.mask, layer.scale, exact=False))
+    heads, _ = clock(lambda: cpu.attend(q, cache, offsets, layer.mask, Logits(layer.scale), exact=False))
     clock(lambda: layer.o_proj(heads.reshape(len(x), -1)))
     return list(np.diff(times))
 

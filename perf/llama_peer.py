@@ -22,9 +22,9 @@ def _silence(level: int, text: bytes, data: Any) -> None:
 
 
 class Llama:
-    """A model and a context of one sequence."""
+    """A model and a context of one sequence; `exact`: its cache is float32."""
 
-    def __init__(self, path: Path, *, threads: int, flash: bool, context: int) -> None:
+    def __init__(self, path: Path, *, threads: int, context: int, flash: bool = False, exact: bool = False) -> None:
         lib.llama_log_set(_silence, ctypes.c_void_p())
         lib.llama_backend_init()
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
@@ -34,9 +34,12 @@ class Llama:
         params.n_ctx, params.n_batch, params.n_ubatch = context, UBATCH, UBATCH
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if exact:
+            params.type_k = params.type_v = lib.GGML_TYPE_F32
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise MemoryError(f"llama.cpp can't make a context of {context} tokens")
+        self._length = 0
         self.vocabulary: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
 
     def forward(self, tokens: Sequence[int] | Array) -> None:
@@ -47,6 +50,20 @@ class Llama:
             status = lib.llama_decode(self._context, lib.llama_batch_get_one(pointer, len(part)))
             if status:
                 raise RuntimeError(f"llama_decode returned {status}")
+
+    def all_logits(self, tokens: Sequence[int] | Array) -> Array:
+        """Append tokens, at most `UBATCH`, and return the logits behind each."""
+        batch = lib.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = int(token), self._length + i, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        status = lib.llama_decode(self._context, batch)
+        lib.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        self._length += len(tokens)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._context), (len(tokens), self.vocabulary)).copy()
 
     def logits(self) -> Array:
         """Those behind the last token."""

@@ -29,6 +29,7 @@ from cases import Shape, gaussian, random_cache, random_weights, write_llama
 import qattn
 from qattn import masks
 from qattn.backends import cpu
+from qattn.logits import Logits
 from qattn.models import fetch
 
 LAYERS = 4
@@ -127,9 +128,9 @@ def _attention(tokens: int, depth: int, kinds: dict[str, Any]) -> Calls:
     shape, keys, offsets, mask = Shape(), depth + tokens, np.array([0, tokens]), masks.get("causal")
     params = qattn.KVCacheParams(shape.kv_heads, shape.head_dim)
     copies = range(harness.copies(params.bytes_per_token * keys))
-    q, scale = gaussian(tokens, shape.heads, shape.head_dim), shape.head_dim**-0.5
+    q, logits = gaussian(tokens, shape.heads, shape.head_dim), Logits(shape.head_dim**-0.5)
     caches = [random_cache(params, keys) for _ in copies]
-    calls: Calls = {"qattn": harness.in_turn(caches, lambda c: cpu.attend(q, c, offsets, mask, scale, exact=False))}
+    calls: Calls = {"qattn": harness.in_turn(caches, lambda c: cpu.attend(q, c, offsets, mask, logits, exact=False))}
     for peer, kind in kinds.items():
         y = torch.from_numpy(q).transpose(0, 1)[None].to(kind).contiguous()
         kv = [torch.randn(2, 1, shape.kv_heads, keys, shape.head_dim).to(kind) for _ in copies]

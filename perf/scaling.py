@@ -4,6 +4,7 @@ depth    decode of one token over the depth of the cache, prefill of 512 tokens 
          largest distance of a measurement from the fitted line, and the line
 odd      products of 1 to 17, 511 and 513 tokens, attention with heads of 64 to 256 elements and depths that are no
          multiple of a tile: time for each unit of work, relative to the even neighbour
+window   attention with a sliding window over the depth behind it: it must not grow
 threads  how much faster two threads are than one
 batch    tokens a second of 1, 2, 4, 8 and 16 sequences, relative to one
 
@@ -25,6 +26,7 @@ from cases import Layers, Shape, gaussian, random_cache, random_weights
 import qattn
 from qattn import masks
 from qattn.backends import cpu
+from qattn.logits import Logits
 
 SHAPE = Shape()
 DEPTHS = (0, 2048, 4096, 8192, 12288, 16384)
@@ -32,6 +34,7 @@ PROMPTS = (128, 256, 384, 512)
 ODD_TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 511, 512, 513)
 ODD_HEADS = (64, 80, 96, 128, 256)
 ODD_DEPTHS = (4080, 4095, 4096, 4097, 4111)
+WINDOW, WINDOW_DEPTHS = 1024, (2048, 8192, 32768)
 BATCHES = (1, 2, 4, 8, 16)
 Calls = dict[Any, Callable[[], object]]
 
@@ -92,9 +95,26 @@ def _attention(
 
 def _attend(head_dim: int, keys: int) -> Callable[[], object]:
     """Attention of 64 tokens over a bfloat16 cache."""
-    tokens, params = 64, qattn.KVCacheParams(8, head_dim)
-    cache, q, mask = random_cache(params, keys), gaussian(tokens, 32, head_dim), masks.get("causal")
-    return lambda: cpu.attend(q, cache, np.array([0, tokens]), mask, head_dim**-0.5, exact=False)
+    return _attend_masked(masks.Causal(), 64, head_dim, keys)
+
+
+def _attend_masked(mask: masks.Mask, tokens: int, head_dim: int, keys: int) -> Callable[[], object]:
+    cache, q = random_cache(qattn.KVCacheParams(8, head_dim), keys), gaussian(tokens, 32, head_dim)
+    logits = Logits(head_dim**-0.5)
+    return lambda: cpu.attend(q, cache, np.array([0, tokens]), mask, logits, exact=False)
+
+
+def window(args: argparse.Namespace) -> Iterator[harness.Row]:
+    mask = masks.SlidingWindow(WINDOW)
+    for tokens in (1, 64):
+        times = harness.compare({n: _attend_masked(mask, tokens, 128, n) for n in WINDOW_DEPTHS}, args.rounds, pause=0)
+        for n in WINDOW_DEPTHS:
+            yield {
+                "case": f"a window of {WINDOW}, {tokens} tokens @ {n}",
+                "value": times[n].median / times[WINDOW_DEPTHS[0]].median,
+                "unit": f"× the time @ {WINDOW_DEPTHS[0]}",
+                "more": f"{1e3 * times[n].median:.3g} ms",
+            }
 
 
 def threads(args: argparse.Namespace) -> Iterator[harness.Row]:
@@ -129,7 +149,7 @@ def batch(args: argparse.Namespace) -> Iterator[harness.Row]:
         }
 
 
-SECTIONS = {"depth": depth, "odd": odd, "threads": threads, "batch": batch}
+SECTIONS = {"depth": depth, "odd": odd, "window": window, "threads": threads, "batch": batch}
 
 
 def main() -> None:

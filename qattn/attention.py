@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from qattn import _check, architectures, backends, devices, formats, ops
+from qattn import _check, backends, devices, ops
 from qattn._backend import as_array, as_float32, as_host, as_numpy, device_of
+from qattn.architectures import AttentionConfig
 from qattn.array import QuantArray
 from qattn.batch import Batch
-from qattn.errors import CacheError, DeviceError, GGUFError
-from qattn.gguf_file import GGUFFile
-from qattn.gguf_file import open as open_gguf
-from qattn.kv_cache import KVCache, KVCacheParams
+from qattn.errors import CacheError, DeviceError
+from qattn.head_steps import HeadNorm, Temperatures, head_norms, logits_of
+from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache
+from qattn.latent import LatentProjection
 from qattn.linear import Linear
-from qattn.masks import MHAMaskVariant
+from qattn.logits import Logits
+from qattn.masks import Mask, MHAMaskVariant
 from qattn.masks import get as get_mask
 from qattn.packing import PackedMatrix
+from qattn.probe import Probe
+from qattn.projection import Projection, heads_of, stores
 from qattn.rope import RotaryEmbedding, Rotation
+from qattn.softmax_attention import score_bias
+from qattn.state import State
 
 Array = np.ndarray[Any, Any]
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_Layer = TypeVar("_Layer", bound="AttentionWithRope")
 
 
 class AttentionWithRope:
@@ -31,7 +37,8 @@ class AttentionWithRope:
 
     Parameters
     ----------
-    rope : RotaryEmbedding
+    rope : RotaryEmbedding, optional
+        None: nothing turns.
     num_attention_heads, num_key_value_heads : int
         The first is a multiple of the second.
     hidden_size : int
@@ -50,9 +57,13 @@ class AttentionWithRope:
         The projections add a bias.
     clip_qkv : float, optional
         The weights of q, k and v are clamped to [-clip_qkv, clip_qkv].
-    mask_variant : MHAMaskVariant
+    mask_variant : MHAMaskVariant or mask
+    local_window_size : int, optional
+        Of a mask variant that has a window or chunks.
     precision : "int8" or "exact"
         See `qattn.matmul`; "exact" also multiplies a bfloat16 cache in float32.
+    features
+        Further fields of `qattn.architectures.AttentionConfig`: ``clamp_qkv``, ``q_norm``, ``softcap``, ``gate``, …
 
     Raises
     ------
@@ -61,13 +72,13 @@ class AttentionWithRope:
     DeviceError
         If a device can't be used, with what is missing.
     NotImplementedError
-        For a mask that is not there, or several devices.
+        For several devices.
     """
 
     def __init__(
         self,
         *,
-        rope: RotaryEmbedding,
+        rope: RotaryEmbedding | None,
         num_attention_heads: int,
         num_key_value_heads: int,
         hidden_size: int,
@@ -78,32 +89,31 @@ class AttentionWithRope:
         scale: float | None = None,
         has_bias: bool = False,
         clip_qkv: float | None = None,
-        mask_variant: MHAMaskVariant = MHAMaskVariant.CAUSAL_MASK,
+        mask_variant: MHAMaskVariant | Mask = MHAMaskVariant.CAUSAL_MASK,
+        local_window_size: int | None = None,
         precision: ops.Precision = "int8",
+        **features: Any,
     ) -> None:
-        for name, value in (
-            ("num_attention_heads", num_attention_heads),
-            ("num_key_value_heads", num_key_value_heads),
-            ("hidden_size", hidden_size),
-        ):
-            _check.at_least(name, value, 1)
-        if num_attention_heads % num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads is {num_attention_heads}; expected a multiple of num_key_value_heads, "
-                f"{num_key_value_heads}"
-            )
+        if clip_qkv is not None and not clip_qkv > 0:
+            raise ValueError(f"clip_qkv is {clip_qkv}; expected a positive number")
         if kv_params.n_kv_heads != num_key_value_heads:
             raise ValueError(
                 f"kv_params has {kv_params.n_kv_heads} KV heads; num_key_value_heads is {num_key_value_heads}"
             )
-        if rope.rope_dims > kv_params.head_dim:
-            raise ValueError(f"rope turns {rope.rope_dims} elements; kv_params has heads of {kv_params.head_dim}")
-        if clip_qkv is not None and not clip_qkv > 0:
-            raise ValueError(f"clip_qkv is {clip_qkv}; expected a positive number")
-        if scale is not None and not np.isfinite(scale):
-            raise ValueError(f"scale is {scale}; expected a finite number")
         _check.choice("precision", precision, ops.PRECISIONS)
         self._check_dtype(np.dtype(dtype))
+        self.config = AttentionConfig(
+            hidden_size=hidden_size,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=kv_params.head_dim,
+            value_dim=kv_params.values,
+            rope=rope,
+            scale=kv_params.head_dim**-0.5 if scale is None else float(scale),
+            mask=get_mask(mask_variant, local_window_size),
+            **features,
+        )
+        """All that the layer knows beside its weights."""
         self.device = _one_device(devices)
         """Where weights and cache are, and where `x` must be: "cpu", "cuda:0", …"""
         self.rope = rope
@@ -111,14 +121,46 @@ class AttentionWithRope:
         self.hidden_size, self.kv_params, self.dtype = hidden_size, kv_params, np.dtype(dtype)
         self.devices = [self.device]
         self.linear_cls, self.has_bias, self.clip_qkv = linear_cls, has_bias, clip_qkv
-        self.scale = kv_params.head_dim**-0.5 if scale is None else float(scale)
-        self.mask_variant, self.mask, self.precision = mask_variant, get_mask(mask_variant), precision
-        self.kv_cache = KVCache(kv_params, device=self.device)
+        self.scale, self.mask_variant, self.mask = self.config.scale, mask_variant, self.config.mask
+        self.precision = precision
+        self.kv_cache: SequenceCache = KVCache(kv_params, device=self.device)
         """The layer's own cache, which a call without `kv_cache` continues."""
-        self._wqkv: QuantArray | None = None
-        self._bias: Array | None = None
-        self._qkv_proj: PackedMatrix | None = None
+        self._projection: Projection | LatentProjection | None = None
+        self._memory: Projection | None = None
+        self._norms: list[tuple[HeadNorm, int]] = []
+        self._output_norm: HeadNorm | None = None
+        self._temperatures: Temperatures | None = None
+        self._output_factor: Any = None
+        self._logits = Logits(self.scale)
+        self._head_scale: Array | None = None
+        self._head_factor: Any = None
         self.o_proj: Linear | None = None
+        self.probe: Probe | None = None
+        """Takes along what `forward` computes, for those who don't call it themselves: see `qattn.introspect`."""
+
+    @classmethod
+    def from_config(
+        cls: type[_Layer],
+        config: AttentionConfig,
+        *,
+        cache_dtype: str = "bfloat16",
+        max_length: int | None = None,
+        **parameters: Any,
+    ) -> _Layer:
+        """A layer of a description, still without weights.
+
+        Parameters
+        ----------
+        config : AttentionConfig
+        cache_dtype, max_length
+            Of the layer's own cache: see `KVCacheParams`.
+        parameters
+            Of the layer that are no part of a description: `devices`, `precision`, `has_bias`, …
+        """
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        sizes = config.num_key_value_heads, fields.pop("head_dim"), fields.pop("value_dim")
+        kv_params = KVCacheParams(*sizes, dtype=cache_dtype, max_length=max_length)
+        return cls(kv_params=kv_params, mask_variant=fields.pop("mask"), **fields, **parameters)
 
     # Weights
 
@@ -142,7 +184,8 @@ class AttentionWithRope:
         state : mapping
             ``q_proj.weight``, ``k_proj.weight``, ``v_proj.weight`` and ``o_proj.weight``, each (outputs, inputs), or
             ``qkv_proj.weight`` for the first three stacked; and with `has_bias` ``q_proj.bias`` and so on, where that
-            of ``o_proj`` may be missing.
+            of ``o_proj`` may be missing.  A number ``q_proj.scale`` multiplies products of that weight.  What further
+            features need: ``q_norm.weight``, ``gate_proj.weight``, ``sinks.weight``, …
 
         Raises
         ------
@@ -151,62 +194,68 @@ class AttentionWithRope:
         ValueError
             If there is one that is unknown, or has a wrong shape, dtype or format.  The layer is as it was.
         """
-        outputs = dict(zip(_PROJECTIONS, self._projection_rows(), strict=True))
-        fused = "qkv_proj.weight" in state
-        known = {f"{name}.{kind}" for name in (*_PROJECTIONS, "qkv_proj", "o_proj") for kind in ("weight", "bias")}
-        unknown = sorted(set(state) - known)
-        if unknown:
-            raise ValueError(f"the layer has no {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
-        wanted = {"qkv_proj": sum(outputs.values())} if fused else outputs
-        for name in (*wanted, "o_proj"):
-            if f"{name}.weight" not in state:
-                raise KeyError(f"{name}.weight is missing from the state dictionary")
-        weights = [
-            self._weight(f"{name}.weight", state[f"{name}.weight"], (rows, self.hidden_size))
-            for name, rows in wanted.items()
-        ]
-        wqkv = weights[0] if fused else QuantArray.stack(weights)
-        heads_size = self.num_attention_heads * self.kv_params.values
-        wo = self._weight("o_proj.weight", state["o_proj.weight"], (self.hidden_size, heads_size))
-        bias = self._stack_biases(state, wanted)
-        if self.clip_qkv is not None:
-            wqkv = _clipped(wqkv, self.clip_qkv)
-        wqkv_packed = PackedMatrix(wqkv).to(self.device)
+        given, c = State(state, self._weight), self.config
+        projection: Projection | LatentProjection
+        memory: Projection | None = None
+        if c.latent is not None:
+            projection = LatentProjection(c, given, device=self.device, precision=self.precision)
+        else:
+            options: dict[str, Any] = {"has_bias": self.has_bias, "clip": self.clip_qkv}
+            options |= {"device": self.device, "precision": self.precision}
+            projection = Projection(c, given, "qkv" if stores(c) else "q", **options)
+            memory = Projection(c, given, "kv", **options) if c.cross else None
+        norms = head_norms(c, given, self.device)
+        inner = c.num_attention_heads * (c.value_dim if c.latent is None else c.latent.value_dim)
+        output_norm = None
+        if c.output_norm is not None:
+            output_norm = HeadNorm(c.output_norm, "output_norm", given, 1, inner, self.device)
+        factor = c.value_scale * c.output_scale * given.factor("o_proj")
+        wo = given.matrix("o_proj", c.hidden_size, inner)
+        if "o_proj.bias" in given and not self.has_bias:
+            raise ValueError("o_proj.bias was given, but has_bias is False")
+        logits = logits_of(c, given, self.device)
+        given.end()
         packed_wo = PackedMatrix(wo).to(self.device) if self.linear_cls is Linear else wo
         self.o_proj = self.linear_cls(packed_wo, state.get("o_proj.bias"), precision=self.precision)
-        self._wqkv, self._qkv_proj = wqkv, wqkv_packed
-        self._bias = bias if bias is None else devices.asarray(bias, self.device)
-
-    def _projection_rows(self) -> tuple[int, int, int]:
-        p = self.kv_params
-        return self.num_attention_heads * p.head_dim, p.n_kv_heads * p.head_dim, p.n_kv_heads * p.values
-
-    def _stack_biases(self, state: Mapping[str, Any], wanted: Mapping[str, int]) -> Array | None:
-        given = [name for name in (*wanted, "o_proj") if f"{name}.bias" in state]
-        if given and not self.has_bias:
-            raise ValueError(f"{given[0]}.bias was given, but has_bias is False")
-        if not self.has_bias:
-            return None
-        biases = []
-        for name, rows in wanted.items():
-            if f"{name}.bias" not in state:
-                raise KeyError(f"{name}.bias is missing from the state dictionary, and has_bias is True")
-            bias = np.array(as_numpy(state[f"{name}.bias"], f"{name}.bias"), np.float32)
-            _check.shape(f"{name}.bias", bias, (rows,))
-            biases.append(bias)
-        return np.concatenate(biases)
+        self._projection, self._memory, self._logits = projection, memory, logits
+        self._norms, self._output_norm = norms, output_norm
+        self._output_factor = None
+        if factor != 1:
+            self._output_factor = devices.asarray(np.full(inner, factor, np.float32), self.device)
+        self._temperatures = None if c.temperature is None else Temperatures(c.temperature, self.device)
 
     @property
     def wqkv(self) -> QuantArray:
         """The fused weights of q, k and v, (outputs, hidden_size), clamped if there is a `clip_qkv`."""
-        if self._wqkv is None:
-            raise ValueError("the layer has no weights yet; give it some with load_state_dict() or from_gguf()")
-        return self._wqkv
+        projection = self._loaded()
+        if isinstance(projection, LatentProjection):
+            raise NotImplementedError("multi-head latent attention has no fused weights: its projection has two steps")
+        return projection.wqkv
 
     @property
     def wqkv_bias(self) -> Array | None:
         """The fused bias of q, k and v, (outputs,) float32, or None."""
-        return self._bias
+        return None if self._projection is None else self._projection.bias
+
+    def _loaded(self) -> Projection | LatentProjection:
+        if self._projection is None:
+            raise ValueError("the layer has no weights yet; give it some with load_state_dict() or from_gguf()")
+        return self._projection
+
+    @property
+    def head_scale(self) -> Array | None:
+        """Factors of what each head gives to the output projection, (heads,) float32: 0 ablates it; None: all are 1."""
+        return self._head_scale
+
+    @head_scale.setter
+    def head_scale(self, factors: Any) -> None:
+        self._head_factor = self._head_scale = None
+        if factors is not None:
+            c, factors = self.config, np.array(as_host(factors, "head_scale"), np.float32)
+            _check.shape("head_scale", factors, (c.num_attention_heads,))
+            factors.flags.writeable = False
+            size = c.value_dim if c.latent is None else c.latent.value_dim
+            self._head_scale, self._head_factor = factors, devices.asarray(np.repeat(factors, size), self.device)
 
     # Forward
 
@@ -214,25 +263,38 @@ class AttentionWithRope:
         self,
         x: Any,
         *,
-        kv_cache: KVCache | None = None,
+        kv_cache: SequenceCache | None = None,
         row_offsets: Any = None,
         positions: Any = None,
-    ) -> Array:
+        mask: Any = None,
+        return_lse: bool = False,
+        capture: Iterable[str] | None = None,
+    ) -> Any:
         """Attend: the tokens of `x` follow those in the cache.
 
         Parameters
         ----------
         x : (tokens, hidden_size) floats
-        kv_cache : KVCache, optional
-            Continued instead of the layer's own.
+        kv_cache : KVCache or PagedKVCache, optional
+            Continued instead of the layer's own.  A layer that has no keys and values of its own reads this one, in
+            which another layer has put those of the tokens of `x` already.
         row_offsets : (sequences + 1,) integers, optional
             Sequence s of the cache gets the tokens row_offsets[s] to row_offsets[s + 1] - 1.
         positions : (tokens,) integers, optional
-            Angles of the rotary embedding; by default a token's index in its sequence.  Masks go by the index.
+            Angles of the rotary embedding; by default they follow on those of the sequence, from 0.  Masks go by a
+            token's index in its sequence.  With the sections of a multi-section embedding (sections, tokens).
+        mask : (tokens, keys) or (tokens, heads, keys) array, optional
+            Beside the layer's own mask: booleans say which keys of its sequence a token sees, floats are added to the
+            scores.  `keys` are those of the longest sequence, the new ones included.
+        return_lse : bool
+            Return also the logarithm of each sum of exponentials, (tokens, heads).
+        capture : set of str, optional
+            Return also a dictionary of what is named here: of `qattn.probe.NAMES`.
 
         Returns
         -------
         (tokens, hidden_size) float32
+            With `return_lse` or `capture` the first of a tuple; see `qattn.probe.Probe` for what is captured.
 
         Raises
         ------
@@ -242,35 +304,91 @@ class AttentionWithRope:
         DeviceError
             If `x` or the cache is elsewhere than the layer.
         CacheError
-            If a sequence outgrows the cache.  The cache is as it was.
+            If a sequence outgrows the cache, or sees what the cache's window has left behind.  The cache is as it was.
         """
+        probe = Probe(capture or ()) if return_lse or capture is not None else None
         cache = self.kv_cache if kv_cache is None else kv_cache
         x, offsets = self._check_input(x, cache, row_offsets)
-        batch = _batch(cache, offsets)
-        if positions is not None:
-            batch = batch._replace(angles=ops.token_positions(positions, len(x)))
-        lengths = cache.lengths + np.diff(offsets)
-        cache.reserve(lengths)
-        rotation = self.rope.rotation(int(batch.angles.max(initial=-1)) + 1, self.device)
+        appends = stores(self.config)
+        lengths = cache.lengths + np.diff(offsets) if appends else cache.lengths.copy()
+        if self.config.shares_cache_of is not None and (lengths < np.diff(offsets)).any():
+            raise CacheError(f"kv_cache has {cache.lengths.tolist()} tokens; the layer it shares must have added x's")
+        batch = Batch.appended(np.maximum(lengths, np.diff(offsets)), offsets)
+        given = None if positions is None else ops.token_positions(positions, len(x), self.rope)
+        usual = cache.positions_at(batch.slots, batch.places)
+        rotation, angles = self._rotation_at(usual if given is None else given, len(x))
+        logits = self._logits
+        if mask is not None:
+            shape = (len(x), self.num_attention_heads, int(lengths.max(initial=0)))
+            logits = logits._replace(bias=score_bias("mask", mask, shape, self.device))
+        cache.check_mask(self.mask, lengths, offsets)
+        if appends:
+            cache.reserve(lengths)
         with devices.current(self.device):
-            out = self.forward(x, cache, batch.to(self.device), rotation)
-        cache.note(lengths)
-        return out
+            out = self.forward(x, cache, batch._replace(angles=angles).to(self.device), rotation, logits, probe)
+        cache.note(lengths, given if appends else None, offsets)
+        return out if probe is None else probe.answer(out, return_lse, capture is not None, row_offsets is not None)
 
-    def forward(self, x: Array, cache: KVCache, batch: Batch, rotation: Rotation) -> Array:
+    def remember(self, states: Any, *, kv_cache: SequenceCache | None = None) -> None:
+        """Append keys and values of another sequence's states, (tokens, hidden_size): what cross attention looks at.
+
+        Raises
+        ------
+        ValueError
+            If this is no layer of cross attention, or the shape is wrong.
+        """
+        if self._memory is None:
+            raise ValueError("the layer attends to its own input, not to another sequence: call it")
+        cache = self.kv_cache if kv_cache is None else kv_cache
+        states, offsets = self._check_input(states, cache, None)
+        with devices.current(self.device):
+            ops.store(self._memory(states), cache, offsets)
+
+    def forward(
+        self,
+        x: Array,
+        cache: SequenceCache,
+        batch: Batch,
+        rotation: Rotation,
+        logits: Logits | None = None,
+        probe: Probe | None = None,
+    ) -> Array:
         """The steps of a call, without its checks.
 
         x : (tokens, hidden_size) float32, for which the cache has room
         batch : where they belong, on the layer's device
         rotation : for all of the batch's angles
+        probe : takes along what is computed, instead of the layer's own
         """
-        backend = backends.of(x)
-        qkv = self._project(x, backend)
-        heads = self._rotate_and_attend(qkv, cache, batch, rotation, backend)
-        return self.o_proj(heads.reshape(len(x), self.num_attention_heads * self.kv_params.values))  # type: ignore[misc]
+        probe = probe or self.probe
+        rows = self._projection(x)  # type: ignore[misc]
+        rotation = self._prepare(rows, batch, rotation)
+        merged = self._merge(self._attend(rows, cache, batch, rotation, logits or self._logits, probe), rows)
+        out: Array = self.o_proj(merged)  # type: ignore[misc]
+        if probe is not None:
+            probe.projected(x, merged, out)
+        return out
 
-    def _check_input(self, x: Any, cache: KVCache, row_offsets: Any) -> tuple[Array, Array]:
-        _ = self.wqkv  # an error if there are no weights
+    def rotation(self, positions: int) -> Rotation:
+        """The angles of positions 0 … at least `positions` - 1."""
+        if self.rope is not None:
+            return self.rope.rotation(positions, self.device)
+        return self._no_rotation(positions)
+
+    def _no_rotation(self, positions: int) -> Rotation:
+        with devices.current(self.device):
+            nothing = devices.namespace(self.device).empty((positions, 0), np.float32)
+        return Rotation(nothing, nothing, neox=False)
+
+    def _rotation_at(self, positions: Any, tokens: int) -> tuple[Rotation, Array]:
+        """The angles of tokens at these positions: a table, and a row of it for each token."""
+        if self.rope is not None and np.ndim(positions) > 1:
+            return self.rope.rotation_at(positions, self.device)
+        angles = ops.token_positions(positions, tokens)
+        return self.rotation(int(angles.max(initial=-1)) + 1), angles
+
+    def _check_input(self, x: Any, cache: SequenceCache, row_offsets: Any) -> tuple[Array, Array]:
+        self._loaded()
         x = as_array(x, "x")
         for what, device in (("x is", device_of(x)), ("kv_cache is", cache.device)):
             if device != self.device:
@@ -290,152 +408,72 @@ class AttentionWithRope:
                     f"kv_cache has {cache.sequences} sequences; row_offsets must say which tokens are whose"
                 )
             return x, np.array([0, len(x)])
-        offsets = as_host(row_offsets, "row_offsets")
+        offsets = ops.check_row_offsets(row_offsets, len(x), "x")
         _check.shape("row_offsets", offsets, (cache.sequences + 1,))
-        offsets = offsets.astype(np.int64)
-        if offsets[0] != 0 or offsets[-1] != len(x) or (np.diff(offsets) < 0).any():
-            raise ValueError(f"row_offsets is {offsets.tolist()}; expected to rise from 0 to {len(x)}, the tokens of x")
         return x, offsets
 
-    def _project(self, x: Array, backend: Any) -> Array:
-        """x → q, k and v side by side, (tokens, outputs) float32."""
-        qkv = backend.scratch("qkv", (len(x), sum(self._projection_rows())))
-        return ops.affine(x, self._qkv_proj, self._bias, out=qkv, precision=self.precision)  # type: ignore[arg-type]
+    def _prepare(self, rows: Array, batch: Batch, rotation: Rotation) -> Rotation:
+        """Normalize heads, and heat queries, in place → the rotation that is left to do."""
+        c, backend = self.config, backends.of(rows)
+        if c.norm_after_rope:
+            heads = sum(count for count, _ in heads_of(c)[:2])
+            backend.rotate_heads(rows, heads, c.head_dim, rotation, batch.angles)
+            rotation = self._no_rotation(len(rotation.cos))
+        for norm, first in self._norms:
+            norm(rows, first)
+        if self._temperatures is not None:
+            table = self._temperatures.table(len(rotation.cos))
+            backend.scale_tokens(rows, 0, c.num_attention_heads * c.head_dim, table, batch.angles)
+        return rotation
 
-    def _rotate_and_attend(self, qkv: Array, cache: KVCache, batch: Batch, rotation: Rotation, backend: Any) -> Array:
+    def _attend(
+        self, rows: Array, cache: SequenceCache, batch: Batch, rotation: Rotation, logits: Logits, probe: Probe | None
+    ) -> Array:
         """Rotate q and k, append k and v to the cache, and attend: (tokens, heads, value_dim) float32."""
-        heads = backend.scratch("heads", (len(qkv), self.num_attention_heads, self.kv_params.values))
-        exact = self.precision == "exact"
-        backend.rotate_and_attend(qkv, rotation, batch, cache, self.mask, self.scale, exact=exact, out=heads)
+        c, backend, exact = self.config, backends.of(rows), self.precision == "exact"
+        heads = backend.scratch("heads", (len(rows), c.num_attention_heads, c.value_dim))
+        if stores(c) and probe is None:
+            backend.rotate_and_attend(rows, rotation, batch, cache, self.mask, logits, exact=exact, out=heads)
+            return heads  # type: ignore[no-any-return]
+        if stores(c):
+            q = backend.scratch("q", (len(rows), c.num_attention_heads, c.head_dim))
+            backend.rotate_and_store(rows, rotation, batch, cache, q)
+        else:
+            backend.rotate_heads(rows, c.num_attention_heads, c.head_dim, rotation, batch.angles)
+            q = rows[:, : c.num_attention_heads * c.head_dim].reshape(len(rows), c.num_attention_heads, c.head_dim)
+        _, lse = backend.attend(q, cache, batch.row_offsets, self.mask, logits, exact=exact, out=heads)
+        if probe is not None:
+            probe.attended(q, lse, cache, batch, self.mask, logits)
         return heads  # type: ignore[no-any-return]
+
+    def _merge(self, heads: Array, rows: Array) -> Array:
+        """The heads' output (tokens, heads, value_dim) → the input of the output projection, (tokens, n) float32."""
+        c, backend = self.config, backends.of(heads)
+        if isinstance(self._projection, LatentProjection):
+            heads = self._projection.expand(heads)
+        if c.gate is not None:
+            first = sum(count * size for count, size in heads_of(c))
+            backend.gate(heads, rows, first, rows.shape[1] - first == c.num_attention_heads, c.gate.function)
+        merged = heads.reshape(len(rows), heads.shape[1] * heads.shape[2])
+        if self._output_norm is not None:
+            self._output_norm(merged, 0)
+        for factor in (self._output_factor, self._head_factor):
+            if factor is not None:
+                backend.finish(merged, factor, None, None)
+        return merged
 
     def reset(self) -> None:
         """Forget the tokens in the layer's own cache."""
         self.kv_cache.reset()
 
     def __repr__(self) -> str:
-        p = self.kv_params
-        weights = self._wqkv.format if self._wqkv is not None else "no weights"
+        p, weights = self.kv_params, "no weights"
+        if self._projection is not None:
+            weights = "latent" if isinstance(self._projection, LatentProjection) else self._projection.wqkv.format
         return (
             f"{type(self).__name__}(hidden_size={self.hidden_size}, heads={self.num_attention_heads}/{p.n_kv_heads}, "
             f"head_dim={p.head_dim}, wqkv={weights}, {self.rope!r}, cache={p.dtype}, device={self.device!r})"
         )
-
-
-class GGUFQAttentionWithRope(AttentionWithRope):
-    """Self-attention with rotary embedding over GGUF-quantized weights.
-
-    Parameters
-    ----------
-    dtype
-        Always uint8: quantized weights are bytes.
-    quantization_encoding : str, optional
-        The format that all weights have, such as "Q4_K".  Without it, each may have its own.
-    others
-        As in `AttentionWithRope`.
-    """
-
-    def __init__(self, *, dtype: Any = np.uint8, quantization_encoding: str | None = None, **parameters: Any) -> None:
-        self.quantization_encoding = None
-        if quantization_encoding is not None:
-            self.quantization_encoding = formats.get(quantization_encoding).name
-        super().__init__(dtype=dtype, **parameters)
-
-    def _check_dtype(self, dtype: np.dtype[Any]) -> None:
-        if dtype != np.uint8:
-            raise ValueError(f"dtype is {dtype}; quantized weights are uint8 (for floats there is AttentionWithRope)")
-
-    def _weight(self, name: str, value: Any, shape: tuple[int, int]) -> QuantArray:
-        encoding = self.quantization_encoding
-        if not isinstance(value, QuantArray):
-            value = as_numpy(value, name)
-            if value.dtype != np.uint8:
-                raise ValueError(f"{name} has dtype {value.dtype}; expected a QuantArray, or uint8 blocks")
-            if encoding is None:
-                raise ValueError(f"{name} is plain bytes; say which format they have with quantization_encoding")
-            value = QuantArray(value, encoding)
-        if encoding is not None and value.format != encoding:
-            raise ValueError(f"{name} has format {value.format}; quantization_encoding is {encoding}")
-        _check.shape(name, value, shape)
-        return value
-
-    @classmethod
-    def from_gguf(
-        cls,
-        model: GGUFFile | str | os.PathLike[str],
-        layer: int = 0,
-        *,
-        precision: ops.Precision = "int8",
-        cache_dtype: str = "bfloat16",
-        max_length: int | None = None,
-        device: str | None = None,
-    ) -> GGUFQAttentionWithRope:
-        """The attention of one layer of a GGUF file.
-
-        Parameters
-        ----------
-        model : an open file, or a path
-        layer : int
-        cache_dtype, max_length
-            Of the layer's own cache: see `KVCacheParams`.
-        device : str, optional
-            Where the layer computes; that of the file, unless said otherwise.
-
-        Raises
-        ------
-        DeviceError
-            If the device can't be used.
-        GGUFError
-            If tensors or metadata are missing.
-        NotImplementedError
-            If the architecture is not supported.
-        """
-        if not isinstance(model, GGUFFile):
-            options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
-            with open_gguf(model) as opened:
-                return cls.from_gguf(opened, layer, device=device, **options)
-        config = architectures.describe(model, layer)
-        state = _layer_tensors(model, layer)
-        attention = cls(
-            rope=config.rope,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            hidden_size=config.hidden_size,
-            kv_params=KVCacheParams(
-                config.num_key_value_heads, config.head_dim, config.value_dim, dtype=cache_dtype, max_length=max_length
-            ),
-            devices=[device or model.device],
-            scale=config.scale,
-            has_bias=any(name in state for name in ("q_proj.bias", "qkv_proj.bias")),
-            mask_variant=config.mask_variant,
-            precision=precision,
-        )
-        attention.load_state_dict(state)
-        return attention
-
-
-_GGUF_NAMES = {
-    "attn_q": "q_proj",
-    "attn_k": "k_proj",
-    "attn_v": "v_proj",
-    "attn_qkv": "qkv_proj",
-    "attn_output": "o_proj",
-}
-
-
-def _layer_tensors(model: GGUFFile, layer: int) -> dict[str, Any]:
-    """The tensors of a layer's attention, by the names of a state dictionary."""
-    state: dict[str, Any] = {}
-    for theirs, ours in _GGUF_NAMES.items():
-        for kind in ("weight", "bias"):
-            name = f"blk.{layer}.{theirs}.{kind}"
-            if name in model:
-                state[f"{ours}.{kind}"] = model.mapped(name)
-    needed = ["attn_output"] if "qkv_proj.weight" in state else ["attn_q", "attn_k", "attn_v", "attn_output"]
-    missing = [f"blk.{layer}.{name}.weight" for name in needed if f"{_GGUF_NAMES[name]}.weight" not in state]
-    if missing:
-        raise GGUFError(f"{model.path} has no tensor {', '.join(missing)}")
-    return state
 
 
 def _one_device(names: Iterable[str] | None) -> str:
@@ -443,27 +481,3 @@ def _one_device(names: Iterable[str] | None) -> str:
     if len(set(resolved)) > 1:
         raise NotImplementedError(f"devices are {', '.join(resolved)}; a layer on several devices is not implemented")
     return resolved[0]
-
-
-def _batch(cache: KVCache, offsets: Array) -> Batch:
-    """Where new tokens belong that continue the sequences of a cache."""
-    slots = np.repeat(np.arange(cache.sequences), np.diff(offsets))
-    places = np.arange(offsets[-1]) - (offsets[:-1] - cache.lengths)[slots]
-    return Batch(slots, places, places, offsets, one_each=bool((np.diff(offsets) == 1).all()))
-
-
-def _clipped(weights: QuantArray, limit: float) -> QuantArray:
-    """Weights clamped to [-limit, limit]: rows in which none exceeds it stay quantized, the others become float32."""
-    values = np.asarray(weights)
-    exceeds = (np.abs(values) > limit).any(axis=1)
-    if not exceeds.any():
-        return weights
-    edges = np.flatnonzero(np.diff(exceeds)) + 1
-    runs = []
-    for rows in np.split(np.arange(len(exceeds)), edges):
-        if exceeds[rows[0]]:
-            clipped = np.clip(values[rows], -limit, limit).astype(np.float32)
-            runs.append(QuantArray(clipped.view(np.uint8), "F32"))
-        else:
-            runs.append(weights[rows[0] : rows[-1] + 1])
-    return QuantArray.stack(runs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 
 from qattn import architectures, formats
@@ -95,8 +94,9 @@ def capabilities(model: GGUFFile | str | os.PathLike[str]) -> Capabilities:
 def _attention(model: GGUFFile) -> tuple[int, list[str]]:
     """Count the layers, and say what stands against computing their attention."""
     # Counted by their tensors: a damaged file may claim 2^31 layers, and a cut one fewer than its metadata says.
-    layers = sorted({int(name.split(".")[1]) for name in model if re.match(r"blk\.\d+\.attn_", name)})
+    layers: list[int] = []
     try:
+        layers = architectures.attention_layers(model)
         reasons = architectures.unsupported(model)
         if not reasons:
             for layer in layers:

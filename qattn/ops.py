@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qattn import _check, array, backends, devices, formats, masks
+from qattn import _check, array, backends, devices, formats
 from qattn._backend import as_array, as_float32, as_host, device_of, is_aligned, namespace
 from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.errors import DeviceError
-from qattn.kv_cache import KVCache, KVCacheParams
-from qattn.masks import Mask, MHAMaskVariant
+from qattn.kv_cache import SequenceCache
 from qattn.packing import PackedMatrix
 from qattn.rope import RotaryEmbedding, Rotation
 
@@ -31,7 +30,7 @@ def dequantize(w: QuantArray | PackedMatrix, *, out: Array | None = None) -> Arr
     """
     backend = backends.get(w.device.split(":")[0])
     with devices.current(w.device):
-        out = _output(out, devices.namespace(w.device), w.shape)
+        out = output(out, devices.namespace(w.device), w.shape)
         if isinstance(w, PackedMatrix):
             for packed_part in w.parts:
                 backend.unpack(packed_part, out)
@@ -76,23 +75,30 @@ def matmul(
 
 
 def affine(
-    x: Any, matrix: PackedMatrix, bias: Array | None, *, out: Array | None = None, precision: Precision = "int8"
+    x: Any,
+    matrix: PackedMatrix,
+    bias: Array | None,
+    *,
+    factor: Array | None = None,
+    limit: float | None = None,
+    out: Array | None = None,
+    precision: Precision = "int8",
 ) -> Array:
-    """x @ matrix.T + bias, as in `matmul`; bias (rows,) float32."""
+    """clamp(x @ matrix.T · factor + bias, -limit, limit), as in `matmul`; factor and bias (rows,) float32."""
     _check.choice("precision", precision, PRECISIONS)
     x = as_array(x, "x")
-    _same_device(x, matrix.device, "the weights are")
+    same_device(x, matrix.device, "the weights are")
     rows, columns = matrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {x.shape}; weights {matrix.shape} need (..., {columns})")
     with devices.current(matrix.device):
-        out = _output(out, namespace(x), (*x.shape[:-1], rows))
+        out = output(out, namespace(x), (*x.shape[:-1], rows))
         if out.size:
             flat = as_float32(x).reshape(-1, columns)
             backend = backends.of(x)
             backend.multiply(flat, matrix, out.reshape(-1, rows), precision == "exact")
-            if bias is not None:
-                backend.add_bias(out.reshape(-1, rows), bias)
+            if bias is not None or factor is not None or limit is not None:
+                backend.finish(out.reshape(-1, rows), factor, bias, limit)
     return out
 
 
@@ -114,6 +120,7 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
     ----------
     x : (tokens, heads, head_dim) floats
     positions : (tokens,) integers, or one integer: the position of the first token
+        For an embedding with sections also (sections, tokens): a position for each of them.
     rotary : RotaryEmbedding
 
     Returns
@@ -129,102 +136,67 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
     _check.shape("x", x, ("tokens", "heads", "head_dim"))
     if rotary.rope_dims > x.shape[2]:
         raise ValueError(f"x has heads of {x.shape[2]}, shorter than the {rotary.rope_dims} that rotate")
-    positions = token_positions(positions, len(x))
+    positions = token_positions(positions, len(x), rotary)
     xp = namespace(x)
     with devices.current(device_of(x)):
-        out = _output(out, xp, x.shape)
-        rotation = rotary.rotation(int(positions.max(initial=-1)) + 1, device_of(x))
-        backends.of(x).rotate(as_float32(x), rotation, xp.asarray(positions), out)
+        out = output(out, xp, x.shape)
+        rotation, angles = rotary.rotation_at(positions, device_of(x))
+        backends.of(x).rotate(as_float32(x), rotation, xp.asarray(angles), out)
     return out
 
 
-def token_positions(positions: Any, tokens: int) -> Array:
-    """Check positions, given as one start or one for each token → (tokens,) int64."""
+def token_positions(positions: Any, tokens: int, rotary: RotaryEmbedding | None = None) -> Array:
+    """Check positions, given as one start or one for each token → (tokens,) int64.
+
+    For an embedding with sections also one for each section and token, or up to 4 for each token → (rows, tokens).
+    """
     positions = np.asarray(as_host(positions, "positions"))
     if positions.dtype.kind not in "iu" and positions.size:
         raise ValueError(f"positions have dtype {positions.dtype}; expected integers")
     positions = positions.astype(np.int64)
     if positions.ndim == 0:
         positions = positions + np.arange(tokens)
-    _check.shape("positions", positions, (tokens,))
+    expected: tuple[int, ...] = (tokens,)
+    if positions.ndim == 2 and rotary is not None and rotary.sections:
+        expected = (max(len(rotary.sections), min(len(positions), 4)), tokens)
+    _check.shape("positions", positions, expected)
     if positions.size and positions.min() < 0:
-        token = int(positions.argmin())
-        raise ValueError(f"positions[{token}] is {positions[token]}; a position is at least 0")
+        worst = np.unravel_index(positions.argmin(), positions.shape)
+        raise ValueError(f"positions[{', '.join(map(str, worst))}] is {positions[worst]}; a position is at least 0")
     return positions
 
 
-def attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    mask: str | MHAMaskVariant | Mask = "causal",
-    scale: float | None = None,
-    out: Array | None = None,
-    return_lse: bool = False,
-) -> Array | tuple[Array, Array]:
-    """Softmax attention of queries over given keys and values.
+def store(kv: Array, cache: SequenceCache, row_offsets: Array | None = None) -> None:
+    """Append keys and values, (tokens, n_kv_heads · (head_dim + value_dim)) float32, to a cache, as they are.
 
-    Parameters
-    ----------
-    q : (tokens, heads, head_dim) floats
-    k : (keys, kv_heads, head_dim) floats;  v : (keys, kv_heads, value_dim) floats
-        `heads` is a multiple of `kv_heads`.  float16 keys and values are kept as they are, others become float32.
-    mask : str, MHAMaskVariant or mask
-        The last query is aligned with the last key.
-    scale : float, optional
-        Factor of the scores, 1 / sqrt(head_dim) by default.
-    return_lse : bool
-        Return also the logarithm of each row's sum of exponentials, (tokens, heads).
-
-    Returns
-    -------
-    (tokens, heads, value_dim) float32
-        Computed in float32; exp2 has a relative error below 3e-7.  A query that sees no key gives zeros.
+    row_offsets : (sequences + 1,) int64, whose tokens they are; not needed for a cache of one sequence
     """
-    q, k, v = (as_array(a, name) for a, name in ((q, "q"), (k, "k"), (v, "v")))
-    for other, name in ((k, "k is"), (v, "v is")):
-        _same_device(q, device_of(other), name)
-    xp = namespace(q)
-    _check.shape("q", q, ("tokens", "heads", "head_dim"))
-    _check.shape("k", k, ("keys", "kv_heads", q.shape[2]))
-    _check.shape("v", v, (*k.shape[:2], "value_dim"))
-    tokens, heads, head_dim = q.shape
-    keys, kv_heads, value_dim = v.shape
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q has {heads} heads, k has {kv_heads}; expected a multiple")
-    if tokens > keys:
-        raise ValueError(f"q has {tokens} tokens, k has {keys}; the last of each are aligned, so k needs as many")
-    chosen = masks.get(mask)
-    dtype = "float16" if k.dtype == v.dtype == np.float16 else "float32"
-    scale = head_dim**-0.5 if scale is None else scale
-    with devices.current(device_of(q)):
-        cache = KVCache(KVCacheParams(kv_heads, head_dim, value_dim, dtype=dtype), device=device_of(q))
-        kv = xp.concatenate([k.reshape(keys, -1), v.reshape(keys, -1)], axis=1).astype(np.float32, copy=False)
-        store(as_float32(kv), cache)
-        out = _output(out, xp, (tokens, heads, value_dim))
-        queries, offsets = as_float32(q), xp.asarray(np.array([0, tokens]))
-        _, lse = backends.of(q).attend(queries, cache, offsets, chosen, scale, exact=True, out=out)
-    return (out, lse) if return_lse else out
+    xp, count = namespace(kv), len(kv)
+    offsets = np.array([0, count]) if row_offsets is None else row_offsets
+    lengths = cache.lengths + np.diff(offsets)
+    cache.reserve(lengths)
+    batch = Batch.appended(lengths, offsets)._replace(angles=np.zeros(count, np.int64))
+    nothing, q = xp.empty((1, 0), np.float32), xp.empty((count, 0, cache.params.head_dim), np.float32)
+    rotation = Rotation(nothing, nothing, neox=False)
+    backends.of(kv).rotate_and_store(kv, rotation, batch.to(cache.device), cache, q)
+    cache.note(lengths)
 
 
-def store(kv: Array, cache: KVCache) -> None:
-    """Append keys and values, (tokens, n_kv_heads · (head_dim + value_dim)) float32, to a cache of one sequence."""
-    tokens, start, xp = len(kv), int(cache.lengths[0]), namespace(kv)
-    cache.reserve(cache.lengths + tokens)
-    zeros, places = np.zeros(tokens, np.int64), np.arange(start, start + tokens)
-    nothing, q = xp.empty((1, 0), np.float32), xp.empty((tokens, 0, cache.params.head_dim), np.float32)
-    batch = Batch(*map(xp.asarray, (zeros, places, zeros, np.array([0, tokens]))))
-    backends.of(kv).rotate_and_store(kv, Rotation(nothing, nothing, neox=False), batch, cache, q)
-    cache.note(np.array([start + tokens]))
+def check_row_offsets(offsets: Any, rows: int, what: str) -> Array:
+    """Row offsets on the host as int64, checked to rise from 0 to the number of rows."""
+    offsets = as_host(offsets, "row_offsets").astype(np.int64)
+    if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+        raise ValueError(f"row_offsets is {offsets.tolist()}; expected to rise from 0 to {rows}, the tokens of {what}")
+    return offsets
 
 
-def _same_device(x: Any, device: str, what: str) -> None:
+def same_device(x: Any, device: str, what: str) -> None:
+    """Raise DeviceError unless x is on a device."""
     if device_of(x) != device:
         raise DeviceError(f"x is on {device_of(x)}, and {what} on {device}; move one of them: .to({device_of(x)!r})")
 
 
-def _output(out: Any, xp: Any, shape: tuple[int, ...]) -> Any:
+def output(out: Any, xp: Any, shape: tuple[int, ...]) -> Any:
     """`out`, checked, or a new array of NumPy's or CuPy's."""
     if out is None:
         return xp.empty(shape, np.float32)

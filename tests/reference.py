@@ -28,15 +28,24 @@ def rotate(x, positions, rope):
     return x
 
 
-def attention(q, k, v, scale, visible):
-    """q (tokens, heads, d), k and v (keys, kv_heads, ...), visible (tokens, keys) bool → output and log-sum-exp."""
-    group = q.shape[1] // k.shape[1]
+def attention(q, k, v, scale, visible, *, cap=0.0, slopes=None, sinks=None, bias=0.0):
+    """q (tokens, heads, d), k and v (keys, kv_heads, ...), visible (tokens, keys) bool → output and log-sum-exp.
+
+    The scores s become cap · tanh(s / cap), lose slopes[h] · distance, and gain bias (tokens or heads, tokens, keys).
+    """
+    group, (tokens, keys) = q.shape[1] // k.shape[1], np.shape(visible)
     k, v = (np.repeat(np.asarray(a, np.float64), group, axis=1) for a in (k, v))
     scores = np.einsum("thd,khd->htk", np.asarray(q, np.float64), k) * scale
-    scores = np.where(visible, scores, -np.inf)
-    peak = scores.max(axis=-1, keepdims=True, initial=-1e300)
+    if cap:
+        scores = cap * np.tanh(scores / cap)
+    if slopes is not None:
+        distance = np.abs(np.arange(keys) - np.arange(keys - tokens, keys)[:, None])
+        scores = scores - np.asarray(slopes, np.float64)[:, None, None] * distance
+    scores = np.where(visible, scores + bias, -np.inf)
+    sinks = np.full(len(scores), -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+    peak = np.maximum(scores.max(axis=-1, initial=-1e300), sinks[:, None])[..., None]
     weights = np.exp(scores - peak)
-    total = weights.sum(axis=-1, keepdims=True)
+    total = weights.sum(axis=-1, keepdims=True) + np.exp(sinks[:, None, None] - peak)
     with np.errstate(divide="ignore", invalid="ignore"):
         weights = np.where(total > 0, weights / total, 0)
         lse = (np.log(total) + peak)[..., 0].T

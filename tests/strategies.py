@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from qattn import QuantArray, formats
+from qattn import QuantArray, formats, masks
 
 BLOCK_FORMATS = tuple(name for name in formats.names() if not formats.get(name).is_float)
 FLOAT_FORMATS = tuple(name for name in formats.names() if formats.get(name).is_float)
@@ -64,3 +64,14 @@ def heads(draw, max_dim=40):
 def normal(shape, seed=0):
     """Gaussian float32."""
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def windows(name):
+    """Windows for a mask of that name: small ones, or None if it has none."""
+    return st.integers(1, 40) if masks.has_window(name) else st.none()
+
+
+def visible(mask, tokens, keys):
+    """(tokens, keys) bool: what the last `tokens` queries of a sequence see."""
+    bounds = [mask.bounds(keys - tokens + i, keys) for i in range(tokens)]
+    return np.array([[first <= key < end for key in range(keys)] for first, end in bounds])

@@ -13,17 +13,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up; a file imports from its own floor or from those below.
 FLOORS = [
-    ("errors", "_check", "_backend", "_index", "_cache", "layout", "batch", "devices"),
+    ("errors", "_check", "_backend", "_index", "_cache", "layout", "batch", "devices", "logits"),
     ("formats", "masks"),
     ("rope",),
     ("cpu", "cuda"),
     ("gguf_strings", "gguf_header", "array"),
-    ("gguf_file", "packing", "quantize", "kv_cache"),
+    ("gguf_file", "packing", "quantize"),
     ("backends",),
+    ("kv_cache",),
     ("ops",),
-    ("linear", "architectures"),
+    ("softmax_attention", "linear", "architectures"),
+    ("state", "head_steps", "projection", "latent", "probe"),
     ("attention", "capabilities"),
-    ("models",),
+    ("gguf_attention",),
+    ("introspect",),
+    ("models", "plot"),
     ("cli",),
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -70,6 +74,7 @@ def test_kernels_know_no_format_mask_or_layer(path):
         "qattn.errors",
         "qattn.layout",
         "qattn.batch",
+        "qattn.logits",
         "qattn.devices",
         "qattn._cache",
     )

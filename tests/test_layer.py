@@ -17,10 +17,11 @@ from qattn import (
     MHAMaskVariant,
     QuantArray,
     RotaryEmbedding,
+    masks,
 )
 from tests import reference
 from tests.reference import nmse
-from tests.strategies import normal, random_weights
+from tests.strategies import normal, random_weights, visible
 
 HIDDEN, HEADS, KV_HEADS, DIM = 256, 6, 2, 32
 
@@ -125,11 +126,28 @@ def test_the_null_mask_sees_later_tokens():
     assert nmse(attn(x), want(attn, x, np.ones((9, 9), bool))) < 1e-11
 
 
-def test_masks_that_are_not_there_are_named():
-    for variant in MHAMaskVariant:
-        if variant not in (MHAMaskVariant.CAUSAL_MASK, MHAMaskVariant.NULL_MASK):
-            with pytest.raises(NotImplementedError, match=variant.name):
-                layer(mask_variant=variant)
+@pytest.mark.parametrize("name", masks.names())
+def test_every_mask(name):
+    """By its name, or as a value; a prompt that comes in two pieces, of which the second sees the first."""
+    window = 4 if masks.has_window(name) else None
+    mask, x = masks.get(name, window), normal((21, HIDDEN))
+    attn = layer(precision="exact", mask_variant=mask)
+    whole = attn(x)
+    assert nmse(whole, want(attn, x, visible(mask, 21, 21))) < 1e-11
+    if not mask.bounds(3, 99)[1] > 4:  # later keys don't count
+        attn.reset()
+        assert nmse(np.concatenate([attn(x[:13]), attn(x[13:])]), whole) < 1e-11
+    if name in [variant.value for variant in MHAMaskVariant]:
+        variant = layer(precision="exact", mask_variant=MHAMaskVariant(name), local_window_size=window)
+        assert np.array_equal(variant(x), whole)
+
+
+def test_a_mask_for_one_call():
+    attn, x = layer(precision="exact"), normal((9, HIDDEN))
+    hidden = np.random.default_rng(0).random((9, 9)) < 0.3
+    assert nmse(attn(x, mask=~hidden), want(attn, x, reference.causal(9, 9) & ~hidden)) < 1e-11
+    with pytest.raises(ValueError, match=r"mask has shape \(9, 9\); expected \(9, 18\) or \(9, 6, 18\)"):
+        attn(x, mask=~hidden)
 
 
 def test_scale_replaces_the_default():

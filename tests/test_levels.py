@@ -48,7 +48,8 @@ import numpy as np, qattn
 from qattn.backends import cpu
 from qattn.cpu import attention, matmul
 from qattn.cpu.target import TARGET
-from qattn.masks.causal import Causal
+from qattn.logits import Logits
+from qattn.masks import Causal
 from tests import reference
 from tests.strategies import normal, random_weights
 w, x = random_weights("Q4_0", 20, 64), normal((3, 64))
@@ -56,11 +57,11 @@ packed = qattn.PackedMatrix(w)
 assert reference.nmse(qattn.matmul(x, packed), x @ np.asarray(w, np.float64).T) < 5e-4
 cache, kv, q = qattn.KVCache(qattn.KVCacheParams(1, 32)), normal((40, 64), 1), normal((5, 2, 32), 2)
 qattn.ops.store(kv, cache)
-out, _ = cpu.attend(q, cache, np.array([0, 5]), Causal(), 0.2, exact=False)
+out, _ = cpu.attend(q, cache, np.array([0, 5]), Causal(), Logits(0.2), exact=False)
 k, v = kv[:, None, :32], kv[:, None, 32:]
 want, _ = reference.attention(q, k, v, 0.2, reference.causal(5, 40))
 assert reference.nmse(out, want) < 5e-4
-attend = attention.attend(attention.Storage("bf16", "bf16"), Causal)
+attend = attention.attend(*[attention.Storage("bf16", "bf16")] * 2, Causal)
 print(TARGET.level)
 for kernel in (matmul.product(packed.layouts[0], False), attend):
     print("=====", *kernel.body.inspect_asm().values(), sep="\\n")

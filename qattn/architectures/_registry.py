@@ -1,95 +1,47 @@
-"""The registry of architectures, and what a description consists of."""
+"""The registry of architectures: who describes which, and what none does."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import operator
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable, Iterable
+from typing import Literal
 
-import numpy as np
-
-from qattn.errors import GGUFError
+from qattn.architectures._config import AttentionConfig as AttentionConfig
+from qattn.architectures._layer import Layer, NoAttention
+from qattn.architectures._metadata import Metadata as Metadata
 from qattn.gguf_file import GGUFFile
-from qattn.masks import MHAMaskVariant
-from qattn.rope import RotaryEmbedding
 
+Part = Literal["encoder", "decoder", "cross"]
+Describe = Callable[[Layer], AttentionConfig]
 
-@dataclass(frozen=True)
-class AttentionConfig:
-    """All that a layer's attention needs to know beside its weights."""
-
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    value_dim: int
-    rope: RotaryEmbedding
-    scale: float
-    mask_variant: MHAMaskVariant = MHAMaskVariant.CAUSAL_MASK
-
-
-class Metadata:
-    """A file's metadata under the prefix of its architecture, with errors that name the key."""
-
-    def __init__(self, model: GGUFFile) -> None:
-        self.model, self.all = model, model.metadata
-        self.architecture = architecture(self.all)
-
-    def key(self, name: str) -> str:
-        return f"{self.architecture}.{name}"
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.all.get(self.key(name), default)
-
-    def integer(self, name: str, default: int | None = None, *, layer: int = 0) -> int:
-        """A positive integer; some files give one for each layer."""
-        value = self._value(name, default, layer)
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise GGUFError(f"metadata {self.key(name)} is {value!r}; expected an integer") from None
-        if number < 1:
-            raise GGUFError(f"metadata {self.key(name)} is {number}; expected at least 1")
-        return number
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive, finite number."""
-        value = self._value(name, default, 0)
-        scalar = np.isscalar(value) and not isinstance(value, (str, bool))
-        if not scalar or not np.isfinite(value) or value <= 0:
-            raise GGUFError(f"metadata {self.key(name)} is {value!r}; expected a positive number")
-        return float(value)
-
-    def _value(self, name: str, default: Any, layer: int) -> Any:
-        value = self.get(name, default)
-        if value is None:
-            raise GGUFError(f"metadata {self.key(name)} is missing")
-        if isinstance(value, (list, tuple, np.ndarray)):
-            if layer >= len(value):
-                raise GGUFError(f"metadata {self.key(name)} has {len(value)} entries; layer {layer} has none")
-            return value[layer]
-        return value
-
-
-Describe = Callable[[Metadata, int], AttentionConfig]
 _architectures: dict[str, Describe] = {}
+_refused: dict[str, str] = {}
+_parts: dict[str, tuple[Part, ...]] = {}
 
 
-def register(*architectures: str) -> Callable[[Describe], Describe]:
-    """Let a function describe these architectures."""
+def register(*architectures: str, parts: tuple[Part, ...] = ()) -> Callable[[Describe], Describe]:
+    """Let a function describe these architectures.
+
+    parts : which kinds of blocks layers have, the usual one first; none: one kind, ``blk.N``
+    """
 
     def add(function: Describe) -> Describe:
         for name in architectures:
             if name in _architectures:
                 raise ValueError(f"there are two descriptions of {name!r}")
             _architectures[name] = function
+            _parts[name] = parts
         return function
 
     return add
+
+
+def refuse(reason: str, *architectures: str) -> None:
+    """Say why none describes these architectures."""
+    _refused.update(dict.fromkeys(architectures, reason))
 
 
 @functools.cache
@@ -106,59 +58,123 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_architectures))
 
 
-def architecture(metadata: Mapping[str, Any]) -> str:
-    """The name of a file's architecture."""
-    name = metadata.get("general.architecture")
-    if not isinstance(name, str):
-        raise GGUFError(f"metadata general.architecture is {name!r}; expected a name")
-    return name
-
-
-def describe(model: GGUFFile, layer: int = 0) -> AttentionConfig:
+def describe(
+    model: GGUFFile, layer: int = 0, *, part: Part | None = None, context: int | None = None
+) -> AttentionConfig:
     """Describe the attention of one layer of a file.
+
+    Parameters
+    ----------
+    model : GGUFFile
+    layer : int
+    part : "encoder", "decoder" or "cross", optional
+        Which block of the layer, in a model with an encoder and a decoder; the last attends from one to the other.
+    context : int, optional
+        Tokens that a sequence may have, by which LongRoPE chooses its factors: those for short contexts if it stays
+        within the original one.  Without it, any number.
 
     Raises
     ------
     NotImplementedError
-        If the architecture, or something that its metadata asks for, is not supported.
+        If the architecture, or something that its metadata or its tensors ask for, is not supported, or if the layer
+        is one without attention.
     GGUFError
         If metadata is missing or makes no sense.
     """
-    metadata = Metadata(model)
+    metadata = Metadata(model, context)
     if metadata.architecture not in names():
-        known = ", ".join(names())
-        raise NotImplementedError(f"architecture {metadata.architecture!r} is not supported; there are: {known}")
-    reasons = unsupported(model)
-    if reasons:
-        raise NotImplementedError(f"{metadata.architecture} with {'; '.join(reasons)} is not supported")
-    layers = metadata.integer("block_count")
+        raise NotImplementedError(f"{_unknown(metadata.architecture)}; there are: {', '.join(names())}")
+    config = _describe(metadata, layer, part)
+    foreign = sorted(_foreign(model, config))
+    if foreign:
+        listed = ", ".join(f"{config.prefix}{name}" for name in foreign)
+        raise NotImplementedError(f"{metadata.architecture} with tensors {listed} is not supported")
+    return config
+
+
+def _unknown(name: str) -> str:
+    reason = f": {_refused[name]}" if name in _refused else ""
+    return f"architecture {name!r} is not supported{reason}"
+
+
+def _describe(metadata: Metadata, layer: int, part: Part | None) -> AttentionConfig:
+    name = metadata.architecture
+    parts = _parts[name]
+    part = part or next(iter(parts), None)
+    if part is not None and part not in parts:
+        raise ValueError(f"part is {part!r}; {name} has {', '.join(map(repr, parts)) or 'no parts'}")
+    counted = "block_count" if part in (None, "encoder") else "decoder_block_count"
+    layers = metadata.integer(counted, None if counted == "block_count" else metadata.integer("block_count"))
     if not 0 <= layer < layers:
         raise ValueError(f"layer is {layer}; the model has layers 0 to {layers - 1}")
-    return _architectures[metadata.architecture](metadata, layer)
+    return _architectures[name](Layer(metadata, layer, _PREFIXES[part].format(layer)))
 
 
-# Tensors of an attention block that are understood; others would change its result.
-_TENSORS = {
-    f"{name}.{kind}"
-    for name in ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
-    for kind in ("weight", "bias")
-} | {"attn_norm.weight"}
+_PREFIXES = {None: "blk.{}.", "encoder": "enc.blk.{}.", "decoder": "dec.blk.{}.", "cross": "dec.blk.{}.cross_"}
+
+
+def attention_layers(model: GGUFFile) -> list[int]:
+    """The layers that have attention: in hybrid models not all do.  Told by their tensors."""
+    names_there = (re.match(r"(?:enc\.|dec\.)?blk\.(\d+)\.attn_(?!norm)", name) for name in model)
+    layers = sorted({int(match[1]) for match in names_there if match})
+    metadata = Metadata(model)
+    if metadata.architecture not in names():
+        return layers
+    return [layer for layer in layers if _has_attention(metadata, layer)]
+
+
+def _has_attention(metadata: Metadata, layer: int) -> bool:
+    try:
+        _describe(metadata, layer, None)
+    except NoAttention:
+        return False
+    except (ValueError, NotImplementedError):  # which a description of this layer would raise, too
+        return True
+    return True
 
 
 def unsupported(model: GGUFFile) -> list[str]:
     """What a file's attention asks for and is not here, a phrase each; empty if all of it is supported."""
     metadata = Metadata(model)
-    reasons = []
     if metadata.architecture not in names():
-        reasons.append(f"architecture {metadata.architecture!r}")
-    scaling = metadata.get("rope.scaling.type", "none")
-    if scaling not in ("none", "linear", "llama3"):
-        reasons.append(f"RoPE scaling {scaling!r}")
-    odd = ("attention.sliding_window", "attention.clamp_kqv", "attn_logit_softcapping", "attention.max_alibi_bias")
-    for key in odd:
-        if metadata.get(key):
-            reasons.append(f"{metadata.key(key)} = {metadata.get(key)}")
-    extra = {name.split(".", 2)[2] for name in model if name.startswith("blk.") and name.count(".") >= 3}
-    extra = {name for name in extra if name.startswith(("attn_", "post_attention", "ssm_"))} - _TENSORS
-    reasons.extend(f"tensors blk.*.{name}" for name in sorted(extra))
-    return reasons
+        return [_unknown(metadata.architecture).replace(" is not supported", "")]
+    reasons: dict[str, None] = {}
+    for layer in attention_layers(model):
+        try:
+            config = _describe(metadata, layer, None)
+        except NotImplementedError as error:
+            reasons[str(error)] = None
+        else:
+            reasons.update(dict.fromkeys(f"tensors blk.*.{name}" for name in sorted(_foreign(model, config))))
+    return list(reasons)
+
+
+# Norms beside a block: they make its input or take its output.
+_BESIDE = ("attn_norm", "attn_norm_2", "attn_output_norm", "attn_res_score")
+_ENDINGS = ("weight", "bias", "scale", "input_scale")
+
+
+def _foreign(model: GGUFFile, config: AttentionConfig) -> Iterable[str]:
+    """The tensors of a block that its description doesn't understand, which might change its result."""
+    known = {"attn_q", "attn_k", "attn_v", "attn_qkv", config.output, *_BESIDE, *config.tensors}
+    if config.q_norm is not None or config.k_norm is not None:
+        known |= {"attn_q_norm", "attn_k_norm"}
+    if config.gate is not None and not config.gate.interleaved:
+        known.add("attn_gate")
+    if config.latent is not None:
+        known |= {"attn_q_a", "attn_q_b", "attn_q_a_norm", "attn_kv_a_mqa", "attn_kv_a_norm"}
+        known |= {"attn_k_b", "attn_v_b"} if config.latent.absorbed else {"attn_kv_b"}
+        known |= {"attn_k_norm"} if config.latent.shared_norm else set()
+    for there, name in (
+        (config.sinks, "attn_sinks"),
+        (config.output_norm is not None, "attn_sub_norm"),
+        (bool(config.distances), "attn_rel_b"),
+        (config.cross, "attn_rel_b"),  # which no model uses
+    ):
+        known |= {name} if there else set()
+    endings = {f"{name}.{ending}" for name in known for ending in _ENDINGS} | config.unused | known
+    for name in model:
+        if name.startswith(config.prefix):
+            rest = name[len(config.prefix) :]
+            if rest.startswith(("attn_", "indexer")) and rest not in endings:
+                yield rest

@@ -11,6 +11,7 @@ from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.cpu import attention as cpu_attention
 from qattn.cpu import feed_forward
+from qattn.cpu import heads as cpu_heads
 from qattn.cpu import matmul as cpu_matmul
 from qattn.cpu import rope as cpu_rope
 from qattn.cpu.activations import Activations, arrange, quantize
@@ -21,6 +22,7 @@ from qattn.cpu.scratch import scratch as scratch
 from qattn.cpu.target import TARGET
 from qattn.cpu.threads import get_num_threads
 from qattn.layout import CELL
+from qattn.logits import Logits
 from qattn.packing import PackedMatrix, Part, part_values
 from qattn.rope import Rotation
 
@@ -69,9 +71,39 @@ def _parts_of(rows: int, least: int = 4) -> int:
     return max(1, min(rows // least, 4 * get_num_threads()))
 
 
-def add_bias(out: Array, bias: Array) -> None:
-    """out += bias: (tokens, n) and (n,) float32."""
-    cpu_matmul.add_bias(out, bias, parts=_parts_of(len(out)))
+def finish(out: Array, factor: Array | None, bias: Array | None, limit: float | None) -> None:
+    """out = clamp(out · factor + bias, -limit, limit): (tokens, n), and (n,) float32; None for what there isn't."""
+    bound = np.float32(np.inf if limit is None else limit)
+    cpu_heads.finish(out, _or_empty(factor, 1), _or_empty(bias, 1), bound, parts=_parts_of(len(out)))
+
+
+def norm_heads(
+    x: Array, first: int, groups: int, size: int, weight: Array | None, bias: Array | None, epsilon: float, layer: bool
+) -> None:
+    """Normalize pieces of each row in place: see `qattn.cpu.heads`."""
+    weight, bias = _or_empty(weight, 2), _or_empty(bias, 2)
+    cpu_heads.norm_heads(x, first, groups, size, weight, bias, np.float32(epsilon), layer, parts=_parts_of(len(x)))
+
+
+def scale_tokens(x: Array, first: int, count: int, table: Array, angles: Array) -> None:
+    """Columns first … first + count - 1 of token t *= table[angles[t]]."""
+    cpu_heads.scale_tokens(x, first, count, table, angles, parts=_parts_of(len(x)))
+
+
+def hadamard(x: Array, first: int, heads: int, size: int) -> None:
+    """Multiply heads of rows x by a Walsh-Hadamard matrix, in place: see `qattn.cpu.heads`."""
+    cpu_heads.hadamard(x, first, heads, size, parts=_parts_of(len(x)))
+
+
+def gate(heads: Array, x: Array, first: int, per_head: bool, function: str) -> None:
+    """heads (tokens, heads, value_dim) *= function of the columns of x from `first` on: see `qattn.cpu.heads`."""
+    kind = cpu_heads.GATES.index(function)
+    cpu_heads.gate(heads, x, first, per_head, kind, parts=_parts_of(len(x)))
+
+
+def _or_empty(array: Array | None, ndim: int) -> Array:
+    """Kernels get an empty array for none, so that they are compiled once."""
+    return np.empty((0,) * ndim, np.float32) if array is None else array
 
 
 def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
@@ -80,42 +112,69 @@ def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
     cpu_rope.rotate(x, cos, sin, positions, neox, out, parts=_parts_of(len(x)))
 
 
-def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q: Array) -> None:
-    """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cpu.rope`."""
+def rotate_heads(rows: Array, heads: int, size: int, rotation: Rotation, angles: Array) -> None:
+    """Rotate the first heads of each row in place: see `qattn.cpu.rope`."""
     cos, sin, neox = rotation
-    run = cpu_rope.rotate_and_store(cache.params.kind)
+    cpu_rope.rotate_heads(rows, heads, size, cos, sin, angles, neox, parts=_parts_of(len(rows)))
+
+
+def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q: Array) -> None:
+    """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cpu.rope`.
+
+    Rows are overwritten if the cache is one that turns keys and values by a Hadamard matrix.
+    """
+    params, heads = cache.params, q.shape[1]
+    if params.hadamard:
+        rotate_heads(qkv, heads + params.n_kv_heads, params.head_dim, rotation, batch.angles)
+        hadamard(qkv, heads * params.head_dim, params.n_kv_heads, params.head_dim)
+        hadamard(qkv, (heads + params.n_kv_heads) * params.head_dim, params.n_kv_heads, params.values)
+        rotation = Rotation(rotation.cos[:, :0], rotation.sin[:, :0], rotation.neox)
+    cos, sin, neox = rotation
+    run = cpu_rope.rotate_and_store(params.key_kind, params.value_kind)
     run(qkv, cos, sin, batch, neox, cache.view(), cache.counts, q, parts=_parts_of(len(qkv)))
 
 
 def attend(
-    q: Array, cache: Any, row_offsets: Array, mask: Any, scale: float, *, exact: bool, out: Array | None = None
+    q: Array, cache: Any, row_offsets: Array, mask: Any, logits: Logits, *, exact: bool, out: Array | None = None
 ) -> tuple[Array, Array]:
     """Attention of the last tokens of each sequence in a cache: out (tokens, heads, value_dim), lse (tokens, heads).
 
     q : (tokens, heads, head_dim) float32, rotated;  row_offsets : (sequences + 1,) int64
-    A bfloat16 cache is multiplied in bfloat16 pairs, unless `exact`.
+        Overwritten if the cache is one that turns keys and values by a Hadamard matrix.
+    A bfloat16 cache is multiplied in bfloat16 pairs, and codes with bytes, unless `exact`.
     """
-    kind, view = cache.params.kind, cache.view()
-    storage = cpu_attention.Storage(kind, "bf16" if kind == "bf16" and not exact else "f32")
+    params, view = cache.params, cache.view()
+    keys, values = (cpu_attention.Storage.best(kind, exact) for kind in (params.key_kind, params.value_kind))
     out = np.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
     lse = np.empty(q.shape[:2], np.float32)
+    if params.hadamard:
+        hadamard(q.reshape(len(q), -1), 0, q.shape[1], params.head_dim)
     partial = cpu_attention.Partial.room(row_offsets, cache.capacity, q.shape[1], view.value_dim)
     large = cache.capacity * q.size > _LARGE or is_recording()
     parts = 4 * get_num_threads() if large else 1
-    run = cpu_attention.attend(storage, type(mask))  # type: ignore[arg-type]
-    run(q, view, cache.slots, row_offsets, cache.counts, np.float32(scale), mask, out, lse, partial, parts=parts)
+    run = cpu_attention.attend(keys, values, type(mask))  # type: ignore[arg-type]
+    run(q, view, row_offsets, cache.counts, _filled(logits), mask, out, lse, partial, parts=parts)
     if partial.lse.size:
-        cpu_attention.merge(row_offsets, cache.counts, cache.params.n_kv_heads, partial, out, lse, parts=parts)
+        cpu_attention.merge(row_offsets, cache.counts, params.n_kv_heads, partial, out, lse, parts=parts)
+    if params.hadamard:
+        hadamard(out.reshape(len(out), -1), 0, out.shape[1], params.values)
     return out, lse
 
 
 def rotate_and_attend(
-    qkv: Array, rotation: Rotation, batch: Batch, cache: Any, mask: Any, scale: float, *, exact: bool, out: Array
+    qkv: Array, rotation: Rotation, batch: Batch, cache: Any, mask: Any, logits: Logits, *, exact: bool, out: Array
 ) -> None:
     """out (tokens, heads, value_dim) = attention of projected rows, which are rotated and appended to the cache."""
     q = scratch("q", (*out.shape[:2], cache.params.head_dim))
     rotate_and_store(qkv, rotation, batch, cache, q)
-    attend(q, cache, batch.row_offsets, mask, scale, exact=exact, out=out)
+    attend(q, cache, batch.row_offsets, mask, logits, exact=exact, out=out)
+
+
+def _filled(logits: Logits) -> Logits:
+    """The same with empty arrays for none."""
+    scale, cap = np.float32(logits.scale), np.float32(logits.cap)  # the kernels' own type
+    slopes, sinks = _or_empty(logits.slopes, 1), _or_empty(logits.sinks, 1)
+    return Logits(scale, cap, slopes, sinks, _or_empty(logits.bias, 3), _or_empty(logits.distances, 2))
 
 
 _LARGE = 1 << 20  # products of queries and keys that take longer than waking a thread
@@ -126,11 +185,19 @@ def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
     feed_forward.rms_norm(x, weight, np.float32(epsilon), out, parts=_parts_of(len(x)))
 
 
-def swiglu(gate_up: Array, out: Array) -> None:
-    """out = silu(gate) · up, where gate is the first half of each row and up the second."""
-    feed_forward.swiglu(gate_up, out, parts=_parts_of(len(out)))
+def gated(gate_up: Array, out: Array, activation: str) -> None:
+    """out = activation(gate) · up, where gate is the first half of each row and up the second: see `qattn.cpu`."""
+    feed_forward.gated(activation)(gate_up, out, parts=_parts_of(len(out)))
 
 
 def add(x: Array, y: Array) -> None:
     """x += y."""
     feed_forward.add(x, y, parts=_parts_of(len(x)))
+
+
+def softcap(x: Array, limit: float) -> None:
+    """x = limit · tanh(x / limit): (tokens, n)."""
+    feed_forward.softcap(x, np.float32(limit), parts=min(4 * get_num_threads(), 1 + x.size // _CAPPED))
+
+
+_CAPPED = 1 << 12  # numbers that are worth a part

@@ -12,6 +12,7 @@ from qattn.batch import Batch
 from qattn.cuda import attention as cuda_attention
 from qattn.cuda import dequantize as cuda_dequantize
 from qattn.cuda import feed_forward
+from qattn.cuda import heads as cuda_heads
 from qattn.cuda import matmul as cuda_matmul
 from qattn.cuda import rope as cuda_rope
 from qattn.cuda.activations import Activations, quantize
@@ -19,6 +20,7 @@ from qattn.cuda.dequantize import dequantize as dequantize
 from qattn.cuda.program import Program as Program
 from qattn.cuda.unpack import unpack as unpack_part
 from qattn.layout import CELL
+from qattn.logits import Logits
 from qattn.packing import PackedMatrix, Part
 from qattn.rope import Rotation
 
@@ -56,9 +58,26 @@ def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
         cuda_matmul.product(layout, exact)(part.packed, x if floats or exact else prepared, out)
 
 
-def add_bias(out: Array, bias: Array) -> None:
-    """out += bias: (tokens, n) and (n,) float32."""
-    cuda_matmul.add_bias(out, bias)
+def finish(out: Array, factor: Array | None, bias: Array | None, limit: float | None) -> None:
+    """out = clamp(out · factor + bias, -limit, limit): (tokens, n), and (n,) float32; None for what there isn't."""
+    cuda_heads.finish(out, factor, bias, limit)
+
+
+def norm_heads(
+    x: Array, first: int, groups: int, size: int, weight: Array | None, bias: Array | None, epsilon: float, layer: bool
+) -> None:
+    """Normalize pieces of each row in place: see `qattn.cuda.heads`."""
+    cuda_heads.norm_heads(x, first, groups, size, weight, bias, epsilon, layer)
+
+
+def scale_tokens(x: Array, first: int, count: int, table: Array, angles: Array) -> None:
+    """Columns first … first + count - 1 of token t *= table[angles[t]]."""
+    cuda_heads.scale_tokens(x, first, count, table, angles)
+
+
+def gate(heads: Array, x: Array, first: int, per_head: bool, function: str) -> None:
+    """heads (tokens, heads, value_dim) *= function of the columns of x from `first` on: see `qattn.cuda.heads`."""
+    cuda_heads.gate(heads, x, first, per_head, function)
 
 
 def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
@@ -67,15 +86,20 @@ def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
     cuda_rope.rotate(x, cos, sin, positions, neox, out)
 
 
+def rotate_heads(rows: Array, heads: int, size: int, rotation: Rotation, angles: Array) -> None:
+    """Rotate the first heads of each row in place: see `qattn.cuda.rope`."""
+    cos, sin, neox = rotation
+    cuda_rope.rotate_heads(rows, heads, size, cos, sin, angles, neox)
+
+
 def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q: Array) -> None:
     """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cuda.rope`."""
     cos, sin, neox = rotation
-    run = cuda_rope.rotate_and_store(cache.params.kind)
-    run(qkv, None, 0.0, None, None, 0.0, cos, sin, batch, neox, cache.view(), cache.counts, q)
+    cuda_rope.rotate_and_store(cache.params.kind, qkv, cos, sin, batch, neox, cache.view(), cache.counts, q)
 
 
 def attend(
-    q: Array, cache: Any, row_offsets: Array, mask: Any, scale: float, *, exact: bool, out: Array | None = None
+    q: Array, cache: Any, row_offsets: Array, mask: Any, logits: Logits, *, exact: bool, out: Array | None = None
 ) -> tuple[Array, Array]:
     """Attention of the last tokens of each sequence in a cache: out (tokens, heads, value_dim), lse (tokens, heads).
 
@@ -88,15 +112,13 @@ def attend(
     storage = cuda_attention.Storage(kind, "f32" if exact else kind)
     out = cupy.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
     lse = cupy.empty(q.shape[:2], np.float32)
-    shape = len(q), cache.sequences, q.shape[1], cache.params.n_kv_heads, cache.capacity, view.value_dim
-    partial = cuda_attention.Partial.room(*shape)
-    run = cuda_attention.attend(storage, type(mask))  # type: ignore[arg-type]
-    run(q, view, cache.slots, row_offsets, cache.counts, scale, mask, out, lse, partial)
+    partial = cuda_attention.Partial.room(len(q), len(row_offsets) - 1, q.shape[1], view)
+    cuda_attention.attend(storage, q, view, row_offsets, cache.counts, mask, logits, out, lse, partial)
     return out, lse
 
 
 def rotate_and_attend(
-    qkv: Array, rotation: Rotation, batch: Batch, cache: Any, mask: Any, scale: float, *, exact: bool, out: Array
+    qkv: Array, rotation: Rotation, batch: Batch, cache: Any, mask: Any, logits: Logits, *, exact: bool, out: Array
 ) -> None:
     """out (tokens, heads, value_dim) = attention of projected rows, which are rotated and appended to the cache.
 
@@ -107,14 +129,13 @@ def rotate_and_attend(
     if not batch.one_each or cuda_attention.path(storage, cache.params.head_dim, value_dim) == "exact":
         q = scratch("q", (tokens, heads, cache.params.head_dim))
         rotate_and_store(qkv, rotation, batch, cache, q)
-        attend(q, cache, batch.row_offsets, mask, scale, exact=exact, out=out)
+        attend(q, cache, batch.row_offsets, mask, logits, exact=exact, out=out)
         return
-    partial = cuda_attention.Partial.room(tokens, tokens, heads, cache.params.n_kv_heads, cache.capacity, value_dim)
-    lse = scratch("lse", (tokens, heads))
-    run = cuda_attention.rotate_and_attend(storage, type(mask))  # type: ignore[arg-type]
-    cos, sin, neox = rotation
-    nothing = None, 0.0, None, None, 0.0  # no bias, clip nor norm: those of the projection are done
-    run(qkv, *nothing, cos, sin, batch, neox, cache.view(), cache.counts, scale, mask, out, lse, partial)
+    view, lse, (cos, sin, neox) = cache.view(), scratch("lse", (tokens, heads)), rotation
+    partial = cuda_attention.Partial.room(tokens, tokens, heads, view)
+    cuda_attention.rotate_and_attend(
+        storage, qkv, cos, sin, batch, neox, view, cache.counts, mask, logits, out, lse, partial
+    )
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:

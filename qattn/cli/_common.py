@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qattn.models import Model
@@ -25,18 +26,75 @@ def text_or_file(text: str) -> str:
     return Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, precision: str = "int8") -> None:
     """Add the options that say how a model runs."""
     parser.add_argument(
         "--precision",
         choices=["int8", "exact"],
-        default="int8",
-        help="int8: activations in 8 bits (default); exact: float32",
+        default=precision,
+        help=f"int8: activations in 8 bits; exact: float32 (default: {precision})",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: all cores)")
     parser.add_argument(
         "--device", default="cpu", help="cpu (default), cuda:0 for a GPU, or auto for a GPU if one can be used"
     )
+
+
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that write a picture."""
+    parser.add_argument("--out", metavar="FILE", type=Path, help=f"draw to this file, {', '.join(_PICTURES)}")
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_target(path: Path | None, force: bool, endings: tuple[str, ...] = _PICTURES) -> None:
+    """Raise ValueError or OSError, before any work, for a file that can't be written, or that would be overwritten."""
+    if path is None:
+        return
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{path} ends in {path.suffix!r}; expected {' or '.join(endings)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a directory, so {path.name} can't be written there")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists; --force overwrites it")
+
+
+def write(path: Path, content: bytes, force: bool) -> None:
+    """Write a file, and say so."""
+    with path.open("wb" if force else "xb") as file:
+        file.write(content)
+    say(f"wrote {path}")
+
+
+def draw(path: Path, figure: Any, force: bool) -> None:
+    """Write a figure of `qattn.plot` to a file."""
+    from qattn.plot import rendered
+
+    write(path, rendered(figure, path.suffix.lower()[1:]), force)
+
+
+def console() -> Any:
+    """What tables are printed to; they are made for 80 columns where there is no terminal."""
+    from qattn.models._extra import require
+
+    return require("rich.console").Console(file=sys.stdout, highlight=False)
+
+
+def table(title: str, columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> Any:
+    """Make a table; columns are (name, alignment), and cells are shown as they are."""
+    from qattn.models._extra import require
+
+    text = require("rich.text").Text
+    box = require("rich.box")
+    looks = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "pad_edge": False}
+    made = require("rich.table").Table(title=title, **looks)
+    for name, alignment in columns:
+        made.add_column(name, justify=alignment, no_wrap=name != "value", overflow="fold")
+    for row in rows:
+        made.add_row(*map(text, row))
+    return made
 
 
 def load(path: str | Path | None, args: argparse.Namespace, max_length: int | None = None) -> Model:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qattn.cli import _common
+
 if TYPE_CHECKING:
     from qattn import GGUFFile
     from qattn.gguf_header import TensorInfo
@@ -49,27 +51,12 @@ def _decoder(model: GGUFFile) -> str:
     return f"decoder: NOT supported: {'; '.join(reasons)}" if reasons else "decoder: supported"
 
 
-def _table(title: str, columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> Any:
-    """Make a table; columns are (name, alignment), and cells are shown as they are."""
-    from qattn.models._extra import require
-
-    text = require("rich.text").Text
-    box = require("rich.box")
-    looks = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "pad_edge": False}
-    table = require("rich.table").Table(title=title, **looks)
-    for name, alignment in columns:
-        table.add_column(name, justify=alignment, no_wrap=name != "value", overflow="fold")
-    for row in rows:
-        table.add_row(*map(text, row))
-    return table
-
-
 # Metadata
 
 
 def _metadata_table(model: GGUFFile) -> Any:
     rows = [(key, _value(value)) for key, value in model.metadata.items()]
-    return _table("Metadata", [("key", "left"), ("value", "left")], rows)
+    return _common.table("Metadata", [("key", "left"), ("value", "left")], rows)
 
 
 def _value(value: Any) -> str:
@@ -101,7 +88,7 @@ def _attention_table(model: GGUFFile) -> Any:
     columns = [("layer", "right"), ("heads", "right"), ("q, k, v", "left"), ("formats", "left")]
     columns += [("output", "left"), ("format", "left"), ("bits", "right"), ("bytes", "right")]
     rows = [_attention_row(model, layer, tensors) for layer, tensors in sorted(layers.items())]
-    return _table("Attention: query/KV heads×size, rows×columns, bits per weight", columns, rows)
+    return _common.table("Attention: query/KV heads×size, rows×columns, bits per weight", columns, rows)
 
 
 def _attention_row(model: GGUFFile, layer: int, tensors: dict[str, TensorInfo]) -> list[str]:
@@ -146,7 +133,7 @@ def _format_table(model: GGUFFile) -> Any:
         share = f"{size / everything:.1%}" if everything else ""
         rows.append([kind, str(len(tensors)), f"{_weights(tensors):,}", _bits(tensors), _bytes(size), share])
     columns = [("format", "left"), ("tensors", "right"), ("weights", "right"), ("bits", "right"), ("bytes", "right")]
-    return _table("Formats", [*columns, ("share", "right")], rows)
+    return _common.table("Formats", [*columns, ("share", "right")], rows)
 
 
 def _weights(tensors: Iterable[TensorInfo]) -> int:

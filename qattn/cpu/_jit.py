@@ -23,7 +23,7 @@ from qattn import _cache
 from qattn.cpu.target import TARGET
 
 _PACKAGE = Path(__file__).parent.parent
-_KERNEL_SOURCES = ("cpu/*.py", "formats/*.py", "masks/*.py")
+_KERNEL_SOURCES = ("cache_types.py", "cpu/*.py", "formats/*.py", "masks/*.py")
 
 
 @functools.cache

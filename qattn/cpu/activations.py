@@ -96,7 +96,7 @@ def _peaks(e, x, peaks, energy, cells):  # type: ignore[no-untyped-def]
     energy.store(e.sum(total.get()))
 
 
-def _round_cell(e: Emitter, halves: list[Value]) -> tuple[Value, list[Value]]:
+def round_cell(e: Emitter, halves: list[Value]) -> tuple[Value, list[Value]]:
     """A cell of 32 float32 → its scale, and the two halves as whole numbers up to ±127."""
     largest = e.largest(e.maximum(*(e.absolute(half) for half in halves)))
     unit = largest * (1.0 / 127.0)
@@ -113,7 +113,7 @@ def _row_kernels(zero: int, parts: int) -> tuple[Any, Any]:
 
     def store(e: Emitter, halves: list[Value], slot: Value, height: Value, arrays: list[Pointer]) -> None:
         levels, scales, starts, sums = arrays
-        unit, rounded = _round_cell(e, halves)
+        unit, rounded = round_cell(e, halves)
         # x - x is NaN where x is NaN or infinite: it spoils the scale, and so the result, as float arithmetic would
         scale = unit + e.sum((halves[0] - halves[0]) + (halves[1] - halves[1]))
         stride = height * 4
@@ -137,7 +137,7 @@ def _row_kernels(zero: int, parts: int) -> tuple[Any, Any]:
     @micro_kernel
     def round_rest(e, x, levels, scales, starts, sums, height, slot):  # type: ignore[no-untyped-def]
         halves = [x.at(64 * i).load(e.F32) for i in range(2)]
-        unit, rounded = _round_cell(e, halves)
+        unit, rounded = round_cell(e, halves)
         rest = [half - level * unit.splat(e.F32) for half, level in zip(halves, rounded, strict=True)]
         store(e, rest, slot, height, [levels, scales, starts, sums])
 

@@ -283,14 +283,6 @@ def product(layout: Layout, exact: bool) -> Kernel:
     return run
 
 
-@kernel()
-def add_bias(out, bias, part, parts):  # type: ignore[no-untyped-def]
-    """out += bias: (tokens, n) and (n,) float32."""
-    for row in share(out.shape[0], part, parts):
-        for column in range(out.shape[1]):
-            out[row, column] += bias[column]
-
-
 _AHEAD = 8192  # bytes; the hardware's own prefetch ends with each page of 4096
 _CACHE = 1 << 19  # bytes of int8 activations that stay in a core's second-level cache while tiles pass by
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numba
 import numpy as np
 
+from qattn.cache_types import BLOCK
 from qattn.cpu._jit import generated
-from qattn.cpu.attention import pack
 from qattn.cpu.kernel import Kernel, kernel, share
-from qattn.cpu.simd import LANES, micro_kernel
+from qattn.cpu.simd import LANES
+from qattn.cpu.store import store
 
 
 @numba.njit
@@ -45,60 +45,52 @@ def rotate(x, cos, sin, positions, neox, out, part, parts):  # type: ignore[no-u
         _rotate_row(x[t].reshape(-1), cos[positions[t]], sin[positions[t]], neox, out[t])
 
 
-def _narrow_kernel(kind: str) -> Any:
-    """float32 → the cache's element type, 16 at a time."""
+@kernel()
+def rotate_heads(rows, heads, size, cos, sin, angles, neox, part, parts):  # type: ignore[no-untyped-def]
+    """Rotate the first `heads` heads of `size` elements of each row in place, by the angles of angles[t].
 
-    @micro_kernel
-    def run(e, x, out, vectors):  # type: ignore[no-untyped-def]
-        with e.loop(vectors) as i:
-            value = x.at(i * (4 * LANES)).load(e.F32)
-            if kind == "f32":
-                out.at(i * (4 * LANES)).store(value)
-            elif kind == "f16":
-                out.at(i * (2 * LANES)).store(e.to_f16(value))
-            else:
-                out.at(i * (2 * LANES)).store(e.to_bf16(value))
-
-    return run
+    rows : (tokens, columns) float32;  cos, sin : (positions, rope_dims / 2) float32
+    """
+    for t in share(rows.shape[0], part, parts):
+        for h in range(heads):
+            head = rows[t, h * size : (h + 1) * size]
+            _rotate(head, head, cos[angles[t]], sin[angles[t]], neox)
 
 
 @functools.cache
-def rotate_and_store(kind: str) -> Kernel:
-    """The kernel for a cache of that kind: ``run(qkv, cos, sin, batch, neox, cache, lengths, q)``.
+def rotate_and_store(key_kind: str, value_kind: str) -> Kernel:
+    """The kernel for a cache of keys and values of these kinds: ``run(qkv, cos, sin, batch, neox, cache, lengths, q)``.
 
     qkv : (tokens, heads · head_dim + kv_heads · (head_dim + value_dim)) float32, the projected rows
     batch : `Batch`;  cache : CacheView, written;  lengths : (sequences,) int64, the new tokens counted in
     q : (tokens, heads, head_dim) float32, overwritten with the rotated queries
     Cost: reads qkv once, writes q and the new keys and values.  The first write to a tile clears the rest of it.
     """
-    narrow, packed = _narrow_kernel(kind), pack(kind)
-    element = np.float32 if kind == "f32" else np.uint16
+    key_room, put_key = store(key_kind, True)
+    value_room, put_value = store(value_kind, False)
 
-    @generated(kind)
+    @generated(f"{key_kind}-{value_kind}")
     def store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h):  # type: ignore[no-untyped-def]
         """Append one KV head's new keys and values to their tiles."""
-        head_dim, value_dim = cache.head_dim, cache.value_dim
-        vectors = (max(head_dim, value_dim) + LANES - 1) // LANES
-        rotated = np.zeros(vectors * LANES, np.float32)
-        narrowed = np.zeros(vectors * LANES, element)
+        head_dim, value_dim, page_keys = cache.head_dim, cache.value_dim, cache.keys.shape[2] * LANES
+        rotated = np.zeros((max(head_dim, value_dim) + BLOCK - 1) // BLOCK * BLOCK, np.float32)
+        room_of_key, room_of_value = key_room(head_dim), value_room(value_dim)
         for t in range(qkv.shape[0]):
-            tile, lane, angle = batch.places[t] // LANES, batch.places[t] % LANES, batch.angles[t]
-            keys, values = cache.keys[batch.slots[t], h, tile], cache.values[batch.slots[t], h, tile]
+            page = cache.pages[batch.slots[t], batch.places[t] // page_keys]
+            tile, lane, angle = batch.places[t] % page_keys // LANES, batch.places[t] % LANES, batch.angles[t]
+            keys, values = cache.keys[page, h, tile], cache.values[page, h, tile]
             if lane == 0:
                 keys[:] = 0
                 values[:] = 0
             row = qkv[t, keys_at + h * head_dim : keys_at + (h + 1) * head_dim]
             _rotate(row, rotated, cos[angle], sin[angle], neox)
-            narrow((rotated, narrowed, vectors))
-            for d in range(head_dim):
-                keys[(d // packed * LANES + lane) * packed + d % packed] = narrowed[d]
+            rotated[head_dim:] = 0
+            put_key(rotated, head_dim, keys, lane, room_of_key)
             rotated[:value_dim] = qkv[t, values_at + h * value_dim : values_at + (h + 1) * value_dim]
-            narrow((rotated, narrowed, vectors))
-            for d in range(value_dim):
-                pair = d // LANES * LANES + lane // packed * packed
-                values[pair * LANES + d % LANES * packed + lane % packed] = narrowed[d]
+            rotated[value_dim:] = 0
+            put_value(rotated, value_dim, values, lane, room_of_value)
 
-    @kernel(kind)
+    @kernel(f"{key_kind}-{value_kind}")
     def run(qkv, cos, sin, batch, neox, cache, lengths, q, part, parts):  # type: ignore[no-untyped-def]
         tokens, heads, head_dim = q.shape
         kv_heads = cache.keys.shape[1]

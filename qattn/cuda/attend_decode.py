@@ -27,13 +27,10 @@ from numba import cuda, float32, int32, int64, uint16, uint32
 
 from qattn.cuda import ptx
 from qattn.cuda.attend_tiles import (
-    EMPTY,
-    HIDDEN,
-    bounds_of,
+    RESULTS,
     find_tile,
     inverse,
     leave_empty,
-    mask_key,
     natural_lse,
     part_of,
     quad_max,
@@ -41,6 +38,17 @@ from qattn.cuda.attend_tiles import (
     row_at,
     row_max,
     row_min,
+)
+from qattn.cuda.attend_variant import (
+    EMPTY,
+    GIVEN,
+    HIDDEN,
+    Variant,
+    bases_of,
+    bounds_of,
+    memory,
+    scores_of,
+    sees_of,
 )
 from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.values import narrow_for
@@ -220,41 +228,51 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
     return bring, multiply, spread
 
 
-@device
-def _weigh(s, key, first0, end0, first1, end1, state):  # type: ignore[no-untyped-def]
-    """Scores of rows r and r + 8 → weights in their place; the factors by which what came before shrinks.
+def _softmax(variant: Variant) -> Callable[..., Any]:
+    """A device function: scores of rows r and r + 8 → weights in their place; and by what that before shrinks."""
+    _, change, _ = scores_of(variant)
+    sees = sees_of(variant.mask)
 
-    key : of the first column, 2 c;  state : peaks and sums of both rows
-    """
-    peak0, peak1 = state[0], state[1]
-    for i in range(8):
-        at = int32(key + i // 4 * 8 + i % 2)
-        if i % 4 < 2:
-            s[i] = s[i] if at >= first0 and at < end0 else float32(EMPTY)
-            peak0 = max(peak0, s[i])
-        else:
-            s[i] = s[i] if at >= first1 and at < end1 else float32(EMPTY)
-            peak1 = max(peak1, s[i])
-    peak0, peak1 = quad_max(peak0), quad_max(peak1)
-    shrink0, shrink1 = ptx.exp2(float32(state[0] - peak0)), ptx.exp2(float32(state[1] - peak1))
-    state[0], state[1] = peak0, peak1
-    state[2], state[3] = state[2] * shrink0, state[3] * shrink1
-    for i in range(8):
-        s[i] = ptx.exp2(float32(s[i] - (peak0 if i % 4 < 2 else peak1)))
-        state[2 + i % 4 // 2] += s[i]
-    return shrink0, shrink1
+    @device
+    def weigh(s, key, given, rows, first0, end0, first1, end1, state):  # type: ignore[no-untyped-def]
+        """key : of the first column, 2 c;  state : peaks and sums of both rows"""
+        peak0, peak1 = state[0], state[1]
+        row0, row1 = rows
+        for i in range(8):
+            at = int32(key + i // 4 * 8 + i % 2)
+            if i % 4 < 2:
+                changed = change(given, row0, s[i], at)
+                s[i] = changed if at >= first0 and at < end0 and sees(given, row0.query, at) else float32(EMPTY)
+                peak0 = max(peak0, s[i])
+            else:
+                changed = change(given, row1, s[i], at)
+                s[i] = changed if at >= first1 and at < end1 and sees(given, row1.query, at) else float32(EMPTY)
+                peak1 = max(peak1, s[i])
+        peak0, peak1 = quad_max(peak0), quad_max(peak1)
+        shrink0, shrink1 = ptx.exp2(float32(state[0] - peak0)), ptx.exp2(float32(state[1] - peak1))
+        state[0], state[1] = peak0, peak1
+        state[2], state[3] = state[2] * shrink0, state[3] * shrink1
+        for i in range(8):
+            s[i] = ptx.exp2(float32(s[i] - (peak0 if i % 4 < 2 else peak1)))
+            state[2 + i % 4 // 2] += s[i]
+        return shrink0, shrink1
+
+    return weigh  # type: ignore[no-any-return]
 
 
 @functools.cache
-def block_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def block_steps(kind: str, variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Device functions (walk, finish): what a block does with its keys, and with the result."""
     bring_keys, multiply_keys = _key_steps(kind, sizes)
     bring_values, multiply_values, spread = _value_steps(kind, sizes)
+    weigh, (_, _, sink_of), (base_of, base_for) = _softmax(variant), scores_of(variant), bases_of(variant.paged)
     head_dim, value_dim, warps, packed = sizes.head_dim, sizes.value_dim, sizes.warps, pack(kind)
     stage, ring, sums_at, peaks_at, size = sizes.stage, sizes.ring, sizes.ring // 4, sizes.peaks // 4, ROWS * value_dim
 
     @device
-    def walk(keys, values, base, first, end, first0, end0, first1, end1, shared, o, state):  # type: ignore[no-untyped-def]
+    def walk(  # type: ignore[no-untyped-def]
+        cache, sequence, head, first, end, first0, end0, first1, end1, part, given, rows, shared, o, state
+    ):
         """Each warp its 16 keys of a block's step from `first` on: o and state, as fragments of rows r and r + 8."""
         s, p, v = cuda.local.array(8, float32), cuda.local.array(4, uint32), cuda.local.array(16, uint32)
         lane, r, c = uint32(cuda.threadIdx.x & 31), uint32(cuda.threadIdx.x >> 2 & 7), uint32(cuda.threadIdx.x & 3)
@@ -262,23 +280,28 @@ def block_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[.
         queries = ptx.shared_address(shared, 0)
         here = uint32(queries + uint32(ring) + warp * uint32(2 * stage) + lane * uint32(16))
         other = uint32(here + uint32(stage))
-        key = int32(first + warp * KEYS)
+        key, step, last = int32(first + warp * KEYS), int32(KEYS * warps), int32(max(end - 1, 0))
         for i in range(value_dim // 2):
             o[i] = float32(0)
-        state[0], state[1], state[2], state[3] = float32(HIDDEN), float32(HIDDEN), float32(0), float32(0)
+        for i in range(2):
+            state[i] = sink_of(given, rows[i], warp == 0 and part == 0)
+            state[2 + i] = float32(1) if c == 0 and state[i] > float32(HIDDEN) else float32(0)
+        base = base_of(cache, sequence, head, int32(min(key, last)))
         if key < end:
-            bring_keys(keys, (base + key) * head_dim, r, c, here)
-            bring_values(values, (base + key) * value_dim, r, c, here)
+            bring_keys(cache.keys, (base + key) * head_dim, r, c, here)
+            bring_values(cache.values, (base + key) * value_dim, r, c, here)
         ptx.commit_copies()
+        base = base_for(cache, sequence, head, int32(min(key + step, last)), base)
         while key < end:
-            after = int32(key + KEYS * warps)
+            after = int32(key + step)
             if after < end:
-                bring_keys(keys, (base + after) * head_dim, r, c, other)
-                bring_values(values, (base + after) * value_dim, r, c, other)
+                bring_keys(cache.keys, (base + after) * head_dim, r, c, other)
+                bring_values(cache.values, (base + after) * value_dim, r, c, other)
             ptx.commit_copies()
+            base = base_for(cache, sequence, head, int32(min(after + step, last)), base)  # early: others depend on it
             ptx.wait_for_older_copies()
             multiply_keys(queries, here, r, c, s)
-            shrink0, shrink1 = _weigh(s, int32(key + 2 * c), first0, end0, first1, end1, state)
+            shrink0, shrink1 = weigh(s, int32(key + 2 * c), given, rows, first0, end0, first1, end1, state)
             for i in range(value_dim // 2):
                 o[i] = o[i] * (shrink0 if i % 4 < 2 else shrink1)
             for i in range(4):
@@ -289,9 +312,8 @@ def block_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[.
 
     @device
     def finish(  # type: ignore[no-untyped-def]
-        o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts,
-        out, lse, partial_out, partial_lse,
-    ):  # fmt: skip
+        o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts, results
+    ):
         """Join the warps' results, and write the rows."""
         warp, r, c = uint32(cuda.threadIdx.x >> 5), uint32(cuda.threadIdx.x >> 2 & 7), uint32(cuda.threadIdx.x & 3)
         peaks, totals = shared[peaks_at : peaks_at + warps * ROWS], shared[peaks_at + warps * ROWS :]
@@ -323,39 +345,38 @@ def block_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[.
                 to = row_at(token, flat, group, heads, first_head)
                 if parts > 1:
                     to = to * parts + part
-                    partial_out[to * value_dim + d] = value
+                    results.parts_out[to * value_dim + d] = value
                     if d == 0:
-                        partial_lse[to] = float32(peak + ptx.log2(whole)) if whole > float32(0) else float32(EMPTY)
+                        each = float32(peak + ptx.log2(whole)) if whole > float32(0) else float32(EMPTY)
+                        results.parts_lse[to] = each
                 else:
-                    out[to * value_dim + d] = value
+                    results.out[to * value_dim + d] = value
                     if d == 0:
-                        lse[to] = natural_lse(peak, whole)
+                        results.lse[to] = natural_lse(peak, whole)
             i = int32(i + 32 * warps)
 
     return walk, finish
 
 
 @functools.cache
-def decode_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel:
-    """The kernel for a cache of that kind, a mask, and heads of these sizes; launched with `Sizes.launch`."""
+def decode_kernel(kind: str, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
+    """The kernel for a cache of that kind, and heads of these sizes; launched with `Sizes.launch`."""
     sizes = Sizes(head_dim, value_dim)
-    bounds, narrowed, sums = bounds_of(mask), narrow_for(kind), value_dim // 2
-    stride, warps = sizes.query_stride, sizes.warps
-    walk, finish = block_steps(kind, sizes)
+    bounds, narrowed, sums = bounds_of(variant.mask), narrow_for(kind), value_dim // 2
+    stride, warps, sinking = sizes.query_stride, sizes.warps, int(variant.sinks)
+    (row_of, _, _), (walk, finish) = scores_of(variant), block_steps(kind, variant, sizes)
 
     @kernel(
-        "f32* u16* u16* i64* i64* i64* f32 f32* f32* f32* f32* i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
-        f"{kind}_{mask_key(mask)}_{head_dim}_{value_dim}",
-    )
-    def decode(  # type: ignore[no-untyped-def]
-        q, keys, values, slots, row_offsets, lengths, scale, out, lse, partial_out, partial_lse,
-        sequences, heads, kv_heads, capacity, few, parts, f0, f1, f2, f3,
-    ):  # fmt: skip
+        "f32* cache i64* i64* f32 results i32 i32 i32 i32 given",
+        f"{kind}_{variant.key}_{head_dim}_{value_dim}",
+        cache=memory("u16"), results=RESULTS, given=GIVEN,
+    )  # fmt: skip
+    def decode(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, parts, given):  # type: ignore[no-untyped-def]
         shared, queries = cuda.shared.array(0, float32, 16), cuda.shared.array(0, uint16, 16)
         o, state = cuda.local.array(sums, float32), cuda.local.array(4, float32)
-        group, part = int32(uint32(heads) // uint32(kv_heads)), int32(cuda.blockIdx.y)
-        number = uint32(uint32(cuda.blockIdx.x) // uint32(kv_heads))
-        head = int32(cuda.blockIdx.x - number * uint32(kv_heads))
+        group, part = int32(uint32(heads) // uint32(cache.kv_heads)), int32(cuda.blockIdx.y)
+        number = uint32(uint32(cuda.blockIdx.x) // uint32(cache.kv_heads))
+        head = int32(cuda.blockIdx.x - number * uint32(cache.kv_heads))
         sequence, tile = find_tile(row_offsets, sequences, int32(number), group, ROWS, 1, few)
         if sequence < 0:
             return
@@ -365,12 +386,12 @@ def decode_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel
 
         # What rows r and r + 8 see, and the block's part of what its rows see.
         r, before = int32(first_row + (cuda.threadIdx.x >> 2 & 7)), int32(length - new)
-        row0, row1 = uint32(min(r, last_row)), uint32(min(r + 8, last_row))
-        first0, end0 = bounds(f0, f1, f2, f3, int32(before + row0 // uint32(group)), length)
-        first1, end1 = bounds(f0, f1, f2, f3, int32(before + row1 // uint32(group)), length)
+        row0, row1 = int32(min(r, last_row)), int32(min(r + 8, last_row))
+        first0, end0 = bounds(given, int32(before + uint32(row0) // uint32(group)), length)
+        first1, end1 = bounds(given, int32(before + uint32(row1) // uint32(group)), length)
         first, end = part_of(row_min(min(first0, first1)), row_max(max(end0, end1)), part, parts)
-        if parts > 1 and first >= end:
-            leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, partial_lse)
+        if parts > 1 and first >= end and part >= sinking:
+            leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, results)
             return
 
         row, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
@@ -383,14 +404,14 @@ def decode_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel
                 d = int32(d + 32)
             row = int32(row + warps)
         cuda.syncthreads()
-        base = (slots[sequence] * kv_heads + head) * capacity
+        rows = (
+            row_of(given, row_at(token, row0, group, heads, first_head), heads, int32(before - token)),
+            row_of(given, row_at(token, row1, group, heads, first_head), heads, int32(before - token)),
+        )
         walk(
-            keys, values, base, first, end, int32(max(first0, first)), int32(min(end0, end)),
-            int32(max(first1, first)), int32(min(end1, end)), shared, o, state,
+            cache, sequence, head, first, end, int32(max(first0, first)), int32(min(end0, end)),
+            int32(max(first1, first)), int32(min(end1, end)), part, given, rows, shared, o, state,
         )  # fmt: skip
-        finish(
-            o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts,
-            out, lse, partial_out, partial_lse,
-        )  # fmt: skip
+        finish(o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts, results)
 
     return decode

@@ -9,21 +9,22 @@ lanes multiply with, queries and weights, they read four at a time.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from numba import cuda, float32, int32, int64, uint32
 
 from qattn.cuda import ptx
-from qattn.cuda.attend_tiles import (
+from qattn.cuda.attend_tiles import RESULTS, find_tile, inverse, natural_lse, part_of, row_at
+from qattn.cuda.attend_variant import (
     EMPTY,
+    GIVEN,
     HIDDEN,
+    Variant,
+    bases_of,
     bounds_of,
-    find_tile,
-    inverse,
-    mask_key,
-    natural_lse,
-    part_of,
-    row_at,
+    memory,
+    scores_of,
+    sees_of,
 )
 from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.rope import ELEMENT
@@ -57,9 +58,10 @@ class Sizes(NamedTuple):
 
 
 @functools.cache
-def exact_kernel(kind: str, mask: Any) -> Kernel:
-    """The kernel for a cache of that kind, and a mask."""
-    bounds, wide = bounds_of(mask), widen_for(kind)
+def exact_kernel(kind: str, variant: Variant) -> Kernel:
+    """The kernel for a cache of that kind."""
+    bounds, sees, wide = bounds_of(variant.mask), sees_of(variant.mask), widen_for(kind)
+    (row_of, change, sink_of), (base_of, base_for) = scores_of(variant, precise=True), bases_of(variant.paged)
 
     @device
     def bring(there, at, size, start, shared):  # type: ignore[no-untyped-def]
@@ -121,23 +123,22 @@ def exact_kernel(kind: str, mask: Any) -> Kernel:
             start = int32(start + CHUNK)
 
     @kernel(
-        f"f32* {ELEMENT[kind]}* {ELEMENT[kind]}* i64* i64* i64* f32 f32* f32* f32* f32* "
-        "i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
-        f"{kind}_{mask_key(mask)}",
-    )
+        "f32* cache i64* i64* f32 results i32 i32 i32 i32 i32 i32 given",
+        f"{kind}_{variant.key}",
+        cache=memory(ELEMENT[kind]), results=RESULTS, given=GIVEN,
+    )  # fmt: skip
     def exact(  # type: ignore[no-untyped-def]
-        q, keys, values, slots, row_offsets, lengths, scale, out, lse, partial_out, partial_lse,
-        sequences, heads, kv_heads, capacity, head_dim, value_dim, few, parts, f0, f1, f2, f3,
-    ):  # fmt: skip
+        q, cache, row_offsets, lengths, scale, results, sequences, heads, head_dim, value_dim, few, parts, given
+    ):
         shared = cuda.shared.array(0, float32, 16)
         rows, warp, lane = int32(cuda.blockDim.x >> 3), int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
         stride = int32((head_dim + 3) & ~3)
         sums, weights = shared[rows * stride :], shared[rows * (stride + value_dim) :]
         tile = shared[rows * (stride + value_dim + KEYS) :]
         queries_at, weights_at = ptx.shared_address(shared, 0), ptx.shared_address(weights, 0)
-        group, part = int32(uint32(heads) // uint32(kv_heads)), int32(cuda.blockIdx.y)
-        number = uint32(uint32(cuda.blockIdx.x) // uint32(kv_heads))
-        head = int32(cuda.blockIdx.x - number * uint32(kv_heads))
+        group, part = int32(uint32(heads) // uint32(cache.kv_heads)), int32(cuda.blockIdx.y)
+        number = uint32(uint32(cuda.blockIdx.x) // uint32(cache.kv_heads))
+        head = int32(cuda.blockIdx.x - number * uint32(cache.kv_heads))
         sequence, first_row = find_tile(row_offsets, sequences, int32(number), group, rows, 1, 0x7FFFFFFF)
         if sequence < 0:
             return
@@ -147,6 +148,7 @@ def exact_kernel(kind: str, mask: Any) -> Kernel:
                 return
             parts = int32(1)
         length = int32(lengths[sequence])
+        shift = int32(length - new - row_offsets[sequence])
         first_row = int32(first_row * rows)
         last_row = int32(new * group - 1)
 
@@ -155,7 +157,7 @@ def exact_kernel(kind: str, mask: Any) -> Kernel:
         m = int32(0)
         while m < rows:
             token = int32(uint32(min(first_row + m, last_row)) // uint32(group))
-            row_first, row_end = bounds(f0, f1, f2, f3, int32(length - new + token), length)
+            row_first, row_end = bounds(given, int32(length - new + token), length)
             low, high = int32(min(low, row_first)), int32(max(high, row_end))
             m = int32(m + 1)
         first, end = part_of(low, high, part, parts)
@@ -166,7 +168,7 @@ def exact_kernel(kind: str, mask: Any) -> Kernel:
             flat = int32(min(first_row + row + m, last_row))
             token = int32(uint32(flat) // uint32(group))
             targets[m] = row_at(row_offsets[sequence], flat, group, heads, int32(head * group))
-            row_first, row_end = bounds(f0, f1, f2, f3, int32(length - new + token), length)
+            row_first, row_end = bounds(given, int32(length - new + token), length)
             firsts[m], ends[m] = int32(max(row_first, first)), int32(min(row_end, end))
             d = lane
             while d < stride:
@@ -184,21 +186,24 @@ def exact_kernel(kind: str, mask: Any) -> Kernel:
         s, factor = cuda.local.array(ROWS, float32), cuda.local.array(ROWS, float32)
         peak, total = cuda.local.array(ROWS, float32), cuda.local.array(ROWS, float32)
         for m in range(ROWS):
-            peak[m], total[m] = float32(HIDDEN), float32(0)
-        base = (slots[sequence] * kv_heads + head) * capacity
+            peak[m] = sink_of(given, row_of(given, targets[m], heads, shift), part == 0)
+            total[m] = float32(1) if lane == 0 and peak[m] > float32(HIDDEN) else float32(0)
         key = first
+        base = base_of(cache, sequence, head, int32(min(key, max(end - 1, 0))))
         while key < end:
-            score(keys, (base + key) * head_dim, head_dim, row, tile, queries_at, s)
+            base = base_for(cache, sequence, head, key, base)
+            score(cache.keys, (base + key) * head_dim, head_dim, row, tile, queries_at, s)
             for m in range(ROWS):
-                seen = key + lane >= firsts[m] and key + lane < ends[m]
-                value = s[m] if seen else float32(HIDDEN)
+                here = row_of(given, targets[m], heads, shift)
+                seen = key + lane >= firsts[m] and key + lane < ends[m] and sees(given, here.query, key + lane)
+                value = change(given, here, s[m], key + lane) if seen else float32(HIDDEN)
                 largest = max(peak[m], warp_max(value))
                 p = ptx.exp2(float32(value - largest)) if seen else float32(0)
                 factor[m] = ptx.exp2(float32(peak[m] - largest))
                 total[m] = float32(total[m] * factor[m] + p)
                 peak[m] = largest
                 weights[uint32((row + m) * KEYS + lane)] = p
-            collect(values, (base + key) * value_dim, value_dim, row, tile, weights_at, sums, factor)
+            collect(cache.values, (base + key) * value_dim, value_dim, row, tile, weights_at, sums, factor)
             key = int32(key + KEYS)
 
         for m in range(ROWS):
@@ -208,17 +213,18 @@ def exact_kernel(kind: str, mask: Any) -> Kernel:
                 if parts > 1:
                     to = targets[m] * parts + part
                     if lane == 0:
-                        partial_lse[to] = float32(peak[m] + ptx.log2(whole)) if whole > float32(0) else float32(EMPTY)
+                        each = float32(peak[m] + ptx.log2(whole)) if whole > float32(0) else float32(EMPTY)
+                        results.parts_lse[to] = each
                 elif lane == 0:
-                    lse[to] = natural_lse(peak[m], whole)
+                    results.lse[to] = natural_lse(peak[m], whole)
                 each = inverse(whole)
                 d = lane
                 while d < value_dim:
                     value = float32(sums[uint32((row + m) * value_dim + d)] * each)
                     if parts > 1:
-                        partial_out[to * value_dim + d] = value
+                        results.parts_out[to * value_dim + d] = value
                     else:
-                        out[to * value_dim + d] = value
+                        results.out[to * value_dim + d] = value
                     d = int32(d + 32)
 
     return exact

@@ -9,40 +9,40 @@ the bits are those of the two steps one after the other.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from numba import cuda, float32, int32, int64, uint16, uint32
 
 from qattn.cuda import ptx
 from qattn.cuda.attend_decode import ROWS, Sizes, block_steps
-from qattn.cuda.attend_tiles import SPLIT_BLOCK, bounds_of, leave_empty, mask_key, part_of
+from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, leave_empty, part_of, row_at
+from qattn.cuda.attend_variant import GIVEN, Variant, bases_of, bounds_of, memory, scores_of
 from qattn.cuda.kernel import Kernel, kernel
-from qattn.cuda.rope import K_NORM, Q_NORM, store_value, turn_head
+from qattn.cuda.rope import BATCH, store_value, turn_head
 
 
 @functools.cache
-def fused_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel:
-    """The kernel for a cache of that kind, a mask, and heads of these sizes; launched with `Sizes.launch`.
+def fused_kernel(kind: str, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
+    """The kernel for a cache of that kind, and heads of these sizes; launched with `Sizes.launch`.
 
     Block (tile · kv_heads + head, part): each token has as many tiles as its group needs.
     """
     sizes = Sizes(head_dim, value_dim)
-    bounds, stride, sums, warps = bounds_of(mask), sizes.query_stride, value_dim // 2, sizes.warps
-    walk, finish = block_steps(kind, sizes)
+    bounds, stride, sums, warps = bounds_of(variant.mask), sizes.query_stride, value_dim // 2, sizes.warps
+    (row_of, _, _), (base_of, _), sinking = scores_of(variant), bases_of(variant.paged), int(variant.sinks)
+    walk, finish = block_steps(kind, variant, sizes)
     turn, store = turn_head(kind), store_value(kind)
 
     @kernel(
-        "f32* f32* f32 f32* f32* f32 f32* f32* i64* i64* i64* u16* u16* i64* f32 f32* f32* f32* f32* "
-        "i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
-        f"{kind}_{mask_key(mask)}_{head_dim}_{value_dim}",
-    )
+        "f32* i32 f32* f32* i32 i32 batch cache i64* f32 results i32 i32 given",
+        f"{kind}_{variant.key}_{head_dim}_{value_dim}",
+        batch=BATCH, cache=memory("u16"), results=RESULTS, given=GIVEN,
+    )  # fmt: skip
     def fused(  # type: ignore[no-untyped-def]
-        qkv, bias, clip, q_norm, k_norm, epsilon, cos, sin, slots, places, angles,
-        keys, values, lengths, scale, out, lse, partial_out, partial_lse,
-        heads, kv_heads, capacity, half, flags, parts, f0, f1, f2, f3,
-    ):  # fmt: skip
+        qkv, width, cos, sin, half, neox, batch, cache, lengths, scale, results, heads, parts, given
+    ):
         shared, queries = cuda.shared.array(0, float32, 16), cuda.shared.array(0, uint16, 16)
         o, state = cuda.local.array(sums, float32), cuda.local.array(4, float32)
+        kv_heads = cache.kv_heads
         group, part = int32(uint32(heads) // uint32(kv_heads)), int32(cuda.blockIdx.y)
         number = uint32(uint32(cuda.blockIdx.x) // uint32(kv_heads))
         head = int32(cuda.blockIdx.x - number * uint32(kv_heads))
@@ -52,38 +52,40 @@ def fused_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel:
         first_head = int32(head * group)
 
         # Others may count the new token in meanwhile: it makes no difference here.
-        slot, place = slots[token], int32(places[token])
-        length = int32(max(lengths[slot], places[token] + 1))
+        slot, place, angle = batch.slots[token], int32(batch.places[token]), batch.angles[token]
+        length = int32(max(lengths[slot], batch.places[token] + 1))
         if part == 0 and head == 0 and first_row == 0 and cuda.threadIdx.x == 0:
-            ptx.atomic_max_64(lengths, slot, places[token] + 1)
-        low, high = bounds(f0, f1, f2, f3, int32(length - 1), length)
+            ptx.atomic_max_64(lengths, slot, batch.places[token] + 1)
+        low, high = bounds(given, int32(length - 1), length)
         first, end = part_of(low, high, part, parts)
         # A key that the mask hides from its own token is written by the first part.
         hidden = place < low & ~(SPLIT_BLOCK - 1) or place >= high
         writes = (place >= first and place < end) or (part == 0 and hidden)
 
-        row = token * (heads * head_dim + kv_heads * (head_dim + value_dim))
-        base = (slot * kv_heads + head) * capacity
+        row = token * width
         warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
-        if writes and warp == warps - 2:
-            turn(
-                qkv, row, int32((heads + head) * head_dim), bias, clip, k_norm, int32(K_NORM), epsilon, cos, sin,
-                angles[token], half, flags, int32(head_dim), float32(1), keys, (base + place) * head_dim,
-            )  # fmt: skip
-        if writes and warp == warps - 1:
-            column = int32((heads + kv_heads) * head_dim + head * value_dim)
-            store(qkv, row, column, bias, clip, flags, int32(value_dim), values, (base + place) * value_dim)
-        if parts > 1 and first >= end:
-            leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, partial_lse)
+        if writes and warp >= warps - 2:
+            there = base_of(cache, slot, head, place) + place
+            if warp == warps - 2:
+                column = int32((heads + head) * head_dim)
+                turn(
+                    qkv, row + column, cos, sin, angle, half, neox, int32(head_dim), float32(1),
+                    cache.keys, there * head_dim,
+                )  # fmt: skip
+            else:
+                column = int32((heads + kv_heads) * head_dim + head * value_dim)
+                store(qkv, row + column, int32(value_dim), cache.values, there * value_dim)
+        if parts > 1 and first >= end and part >= sinking:
+            leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, results)
             return
 
         m = warp
         while m < ROWS:
             if first_row + m <= last_row:
+                column = int32((first_head + first_row + m) * head_dim)
                 turn(
-                    qkv, row, int32((first_head + first_row + m) * head_dim), bias, clip, q_norm, int32(Q_NORM),
-                    epsilon, cos, sin, angles[token], half, flags, int32(head_dim), scale, queries, uint32(m * stride),
-                )  # fmt: skip
+                    qkv, row + column, cos, sin, angle, half, neox, int32(head_dim), scale, queries, uint32(m * stride)
+                )
             else:
                 d = lane
                 while d < head_dim:
@@ -92,10 +94,12 @@ def fused_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel:
             m = int32(m + warps)
         cuda.syncthreads()
         low, high = int32(max(low, first)), int32(min(high, end))
-        walk(keys, values, base, first, end, low, high, low, high, shared, o, state)
-        finish(
-            o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts,
-            out, lse, partial_out, partial_lse,
-        )  # fmt: skip
+        r, shift = int32(first_row + (cuda.threadIdx.x >> 2 & 7)), int32(length - 1 - token)
+        rows = (
+            row_of(given, row_at(token, int32(min(r, last_row)), group, heads, first_head), heads, shift),
+            row_of(given, row_at(token, int32(min(r + 8, last_row)), group, heads, first_head), heads, shift),
+        )
+        walk(cache, slot, head, first, end, low, high, low, high, part, given, rows, shared, o, state)
+        finish(o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts, results)
 
     return fused

@@ -28,18 +28,26 @@ from numba import cuda, float32, int32, int64, uint16, uint32
 from qattn.cuda import ptx
 from qattn.cuda.attend_decode import pack, product
 from qattn.cuda.attend_tiles import (
-    EMPTY,
-    HIDDEN,
-    bounds_of,
+    RESULTS,
     find_tile,
     inverse,
-    mask_key,
     natural_lse,
     quad_max,
     quad_sum,
     row_at,
     row_max,
     row_min,
+)
+from qattn.cuda.attend_variant import (
+    EMPTY,
+    GIVEN,
+    HIDDEN,
+    Variant,
+    bases_of,
+    bounds_of,
+    memory,
+    scores_of,
+    sees_of,
 )
 from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.warps import ALL_LANES
@@ -53,11 +61,18 @@ class Sizes(NamedTuple):
 
     head_dim: int
     value_dim: int
+    reads: bool = False
+    """Whether scores gain what is read from memory, for which two tiles leave no registers."""
 
     @property
     def tiles(self) -> int:
         """Tiles of 16 rows for each warp: two, so that what it reads of keys and values serves twice, if they fit."""
-        return 2 if max(self.head_dim, self.value_dim) <= 128 else 1
+        return 2 if max(self.head_dim, self.value_dim) <= 128 and not self.reads else 1
+
+    @classmethod
+    def of(cls, variant: Variant, head_dim: int, value_dim: int) -> Sizes:
+        """For a kernel's options."""
+        return cls(head_dim, value_dim, variant.bias or variant.distances)
 
     @property
     def rows(self) -> int:
@@ -141,9 +156,10 @@ def _scores(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., 
     return hold, multiply
 
 
-def _softmax(sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Device functions (hide, weigh) on a step's scores.  A lane's rows 2 m and 2 m + 1 are r and r + 8 of tile m."""
+def _softmax(variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions (settle, weigh) on a step's scores.  A lane's rows 2 m and 2 m + 1 are r and r + 8 of tile m."""
     count, rows = STEP // 4, 2 * sizes.tiles
+    (row_of, change, _), sees, asks = scores_of(variant), sees_of(variant.mask), variant.sees
 
     @device
     def at(row, i):  # type: ignore[no-untyped-def]
@@ -151,14 +167,35 @@ def _softmax(sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return row // 2 * (2 * count) + i // 2 * 4 + row % 2 * 2 + i % 2
 
     @device
-    def hide(s, key, seen, place):  # type: ignore[no-untyped-def]
-        """Scores outside of a row's bounds; `key` is the lane's first, and the first row's bounds are seen[place]."""
+    def hidden(key, seen, place, given, heads, shift):  # type: ignore[no-untyped-def]
+        """A bit for each score: whether the mask hides it.  A loop of its own, so that that of scores is unrolled."""
+        bits, n = uint32(0), int32(0)
+        while n < rows * count:
+            row, i = int32(n // count), int32(n % count)
+            target = int32(max(seen[uint32(place + 24 * row + 2)], 0))
+            if not sees(given, row_of(given, target, heads, shift).query, int32(key + i // 2 * 8 + i % 2)):
+                bits = uint32(bits | uint32(1) << uint32(n))
+            n = int32(n + 1)
+        return bits
+
+    @device
+    def settle(s, key, seen, place, given, heads, shift):  # type: ignore[no-untyped-def]
+        """Change scores, and hide those of keys that a row doesn't see.
+
+        key : the lane's first;  place : where in `seen` the bounds of the first row are
+        """
+        bits = uint32(0)
+        if asks:
+            bits = hidden(key, seen, place, given, heads, shift)
         for row in range(rows):
-            first, end = seen[uint32(place + 24 * row)], seen[uint32(place + 24 * row + 1)]
+            there = uint32(place + 24 * row)
+            first, end, target = seen[there], seen[there + 1], int32(max(seen[there + 2], 0))
+            this = row_of(given, target, heads, shift)
             for i in range(count):
                 k = int32(key + i // 2 * 8 + i % 2)
-                if k < first or k >= end:
-                    s[at(row, i)] = float32(EMPTY)
+                changed = change(given, this, s[at(row, i)], k)
+                shown = k >= first and k < end and bits & uint32(1 << (row * count + i)) == 0
+                s[at(row, i)] = changed if shown else float32(EMPTY)
 
     @device
     def weigh(s, peaks, totals, shrinks):  # type: ignore[no-untyped-def]
@@ -176,7 +213,7 @@ def _softmax(sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
                 total = float32(total + s[at(row, i)])
             totals[row] = total
 
-    return hide, weigh
+    return settle, weigh
 
 
 def _collector(kind: str, sizes: Sizes) -> Callable[..., Any]:
@@ -224,24 +261,24 @@ def _block_range(ranges):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def prefill_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kernel:
-    """The kernel for a cache of that kind, a mask, and heads of these sizes; launched with `Sizes.launch`."""
-    sizes = Sizes(head_dim, value_dim)
+def prefill_kernel(kind: str, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
+    """The kernel for a cache of that kind, and heads of these sizes; launched with `Sizes.launch`."""
+    sizes = Sizes.of(variant, head_dim, value_dim)
     key_row, value_row, stage, tiles = sizes.key_row, sizes.value_row, sizes.stage, sizes.tiles
-    bounds, collect, (hide, weigh) = bounds_of(mask), _collector(kind, sizes), _softmax(sizes)
+    bounds, collect, (settle, weigh) = bounds_of(variant.mask), _collector(kind, sizes), _softmax(variant, sizes)
+    (row_of, _, sink_of), (base_of, base_for) = scores_of(variant), bases_of(variant.paged)
+    changing = any((variant.cap, variant.slopes, variant.bias, variant.distances, variant.sees))
     hold, multiply = _scores(kind, sizes)
     bring_keys, bring_values = _bring(head_dim, key_row), _bring(value_dim, value_row)
     values_at, factors, sums, block_rows, rows = STEP * key_row, 4 * tiles, value_dim // 2, sizes.rows, 2 * tiles
     all_scores, all_sums, all_ranges, all_bounds = tiles * STEP // 2, tiles * value_dim // 2, 4 * WARPS, 3 * block_rows
 
     @kernel(
-        "f32* u16* u16* i64* i64* i64* f32 f32* f32* i32 i32 i32 i32 i32 i32 i32 i32 i32",
-        f"{kind}_{mask_key(mask)}_{head_dim}_{value_dim}",
-    )
-    def prefill(  # type: ignore[no-untyped-def]
-        q, keys, values, slots, row_offsets, lengths, scale, out, lse,
-        sequences, heads, kv_heads, capacity, few, f0, f1, f2, f3,
-    ):  # fmt: skip
+        "f32* cache i64* i64* f32 results i32 i32 i32 given",
+        f"{kind}_{variant.key}_{head_dim}_{value_dim}",
+        cache=memory("u16"), results=RESULTS, given=GIVEN,
+    )  # fmt: skip
+    def prefill(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, given):  # type: ignore[no-untyped-def]
         shared, ranges = cuda.shared.array(0, uint16, 16), cuda.shared.array(all_ranges, int32)  # by warp: see below
         a, s, o = (
             cuda.local.array(factors, uint32),
@@ -254,9 +291,9 @@ def prefill_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kerne
             cuda.local.array(rows, float32),
             cuda.local.array(rows, float32),
         )
-        group, block = uint32(uint32(heads) // uint32(kv_heads)), uint32(cuda.gridDim.x - 1 - cuda.blockIdx.x)
-        number = uint32(block // uint32(kv_heads))
-        head = int32(block - number * uint32(kv_heads))
+        group, block = uint32(uint32(heads) // uint32(cache.kv_heads)), uint32(cuda.gridDim.x - 1 - cuda.blockIdx.x)
+        number = uint32(block // uint32(cache.kv_heads))
+        head = int32(block - number * uint32(cache.kv_heads))
         sequence, tile = find_tile(
             row_offsets, sequences, int32(number), int32(group), block_rows, int32(few + 1), 0x7FFFFFFF
         )
@@ -264,6 +301,7 @@ def prefill_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kerne
             return
         token, length = row_offsets[sequence], int32(lengths[sequence])
         new = int32(row_offsets[sequence + 1] - token)
+        shift = int32(length - new - token)
         warp, lane = uint32(cuda.threadIdx.x >> 5), uint32(cuda.threadIdx.x & 31)
 
         # The lane's rows, copies of the last where there are no more, and what they see.
@@ -274,15 +312,17 @@ def prefill_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kerne
         low, high, all_first, all_end = int32(length), int32(0), int32(0), int32(length)
         for row in range(rows):
             flat = int32(min(first_row + 8 * row, last))
-            first, end = bounds(f0, f1, f2, f3, int32(length - new + uint32(flat) // group), length)
+            target = row_at(token, flat, group, heads, int32(head * group))
+            this = row_of(given, target, heads, shift)
+            first, end = bounds(given, int32(length - new + uint32(flat) // group), length)
             low, high = int32(min(low, first)), int32(max(high, end))
             all_first, all_end = int32(max(all_first, first)), int32(min(all_end, end))
-            target = row_at(token, flat, group, heads, int32(head * group))
             if lane & 3 == 0:
                 at = uint32(3 * (local_row + 8 * row))
                 seen[at], seen[at + 1] = first, end
                 seen[at + 2] = int32(target) if first_row + 8 * row <= last else int32(-1)
-            peaks[row], totals[row] = float32(HIDDEN), float32(0)
+            peaks[row] = sink_of(given, this, True)
+            totals[row] = float32(1) if lane & 3 == 0 and peaks[row] > float32(HIDDEN) else float32(0)
             to = q_lane + uint32(32 * head_dim * (row // 2) + 4 * (row % 2))
             hold(q, target * head_dim, scale, to)
         low, high, all_first, all_end = row_min(low), row_max(high), row_max(all_first), row_min(all_end)
@@ -296,10 +336,10 @@ def prefill_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kerne
         # The lane's rows of 8 × 8 matrices: two of keys, times two of elements.
         k_lane = uint32(lane & 15) * uint32(key_row) + uint32((lane >> 4) * 16)
         v_lane = uint32(lane & 15) * uint32(value_row) + uint32((lane >> 4) * 16 + values_at)
-        base = (slots[sequence] * kv_heads + head) * capacity
+        base = base_of(cache, sequence, head, int32(min(key, max(end - 1, 0))))
         if key < end:
-            bring_keys(keys, (base + key) * head_dim, here)
-            bring_values(values, (base + key) * value_dim, here + uint32(values_at))
+            bring_keys(cache.keys, (base + key) * head_dim, here)
+            bring_values(cache.values, (base + key) * value_dim, here + uint32(values_at))
         ptx.commit_copies()
         for i in range(all_sums):
             o[i] = float32(0)
@@ -309,13 +349,14 @@ def prefill_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kerne
             cuda.syncthreads()
             after = int32(key + STEP)
             if after < end:
-                bring_keys(keys, (base + after) * head_dim, other)
-                bring_values(values, (base + after) * value_dim, other + uint32(values_at))
+                base = base_for(cache, sequence, head, after, base)
+                bring_keys(cache.keys, (base + after) * head_dim, other)
+                bring_values(cache.values, (base + after) * value_dim, other + uint32(values_at))
             ptx.commit_copies()
             if key < ranges[mine + 1] and after > ranges[mine]:
                 multiply(q_lane, here + k_lane, a, s)
-                if key < ranges[mine + 2] or after > ranges[mine + 3]:
-                    hide(s, int32(key + 2 * (lane & 3)), seen, uint32(3 * local_row))
+                if changing or key < ranges[mine + 2] or after > ranges[mine + 3]:
+                    settle(s, int32(key + 2 * (lane & 3)), seen, uint32(3 * local_row), given, heads, shift)
                 weigh(s, peaks, totals, shrinks)
                 collect(s, shrinks, here + v_lane, a, o)
             key = after
@@ -328,8 +369,8 @@ def prefill_kernel(kind: str, mask: Any, head_dim: int, value_dim: int) -> Kerne
                 to = target * value_dim + int64(2 * (lane & 3))
                 for i in range(0, sums, 4):
                     at = sums * (row // 2) + 2 * (row % 2) + i
-                    ptx.store_8(out, to + 2 * i, ptx.bits_of(o[at] * each), ptx.bits_of(o[at + 1] * each))
+                    ptx.store_8(results.out, to + 2 * i, ptx.bits_of(o[at] * each), ptx.bits_of(o[at + 1] * each))
                 if lane & 3 == 0:
-                    lse[target] = natural_lse(peaks[row], total)
+                    results.lse[target] = natural_lse(peaks[row], total)
 
     return prefill

@@ -1,63 +1,31 @@
-"""What the attention kernels share: which rows a block works on, and which keys these see."""
+"""What the attention kernels share: which rows a block works on, which part of the keys, and where results go."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import inspect
-import re
-import sys
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, uint32
 
 from qattn.cuda import ptx
+from qattn.cuda.attend_variant import EMPTY
 from qattn.cuda.kernel import device
 from qattn.cuda.warps import ALL_LANES
 
-LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-HIDDEN = -1e30  # below every score; finite, so that a row without any visible key gives 0, not NaN
-EMPTY = -3e38  # the logarithm of the sum of a part that saw no key; fast math knows no infinity
-MASK_FIELDS = 4  # integers that a mask can have
 SPLIT_BLOCK = 64  # keys: capacities are multiples of it, and so are the ranges that keys are split into
 
 
-@functools.cache
-def bounds_of(mask: Any) -> Callable[..., Any]:
-    """A device function (fields, query, keys) → (first, end), int32, within 0 … keys, for a mask's class."""
-    names = [f"f{i}" for i in range(MASK_FIELDS)]
-    fields = len(mask._fields)
-    if fields > MASK_FIELDS:
-        raise TypeError(f"{mask.__name__} has {fields} fields; a mask has at most {MASK_FIELDS} on a GPU")
-    scope = {"mask": mask, "bounds": device(mask.bounds), "int32": int32}
-    text = f"""def bounds_within({", ".join(names)}, query, keys):
-        first, end = bounds(mask({", ".join(names[:fields])}), query, keys)
-        return int32(max(first, 0)), int32(min(end, keys))"""
-    exec(text, scope)  # Numba builds the named tuple only from arguments that are counted in the source
-    return device(scope["bounds_within"])  # type: ignore[no-any-return]
+class Results(NamedTuple):
+    """Where kernels write: rows are tokens · heads, those of parts have an element for each part."""
+
+    out: Any
+    lse: Any
+    parts_out: Any
+    parts_lse: Any
 
 
-@functools.cache
-def mask_key(mask: Any) -> str:
-    """A name for the kernels of a mask.  One that is not ours may change: its name tells its module's text, too."""
-    name = re.sub(r"\W+", "_", f"{mask.__module__}.{mask.__qualname__}")
-    if mask.__module__.startswith("qattn."):
-        return name.rsplit("_", 1)[-1]
-    try:
-        source = inspect.getsource(sys.modules[mask.__module__])
-    except (OSError, TypeError):
-        source = ""
-    function = mask.bounds
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    told = repr((source, function.__code__.co_code, function.__code__.co_consts, cells))
-    return f"{name}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
-
-
-def mask_fields(mask: Any) -> list[int]:
-    """The fields of a mask as kernel arguments."""
-    return [*map(int, mask), *[0] * (MASK_FIELDS - len(mask))]
+RESULTS = (Results, "f32* f32* f32* f32*")
+"""For a kernel's signature."""
 
 
 @device
@@ -166,8 +134,8 @@ def row_at(token, flat, group, heads, first_head):  # type: ignore[no-untyped-de
 
 
 @device
-def leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, partial_lse):  # type: ignore[no-untyped-def]
+def leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, results):  # type: ignore[no-untyped-def]
     """Note that this part of a tile of 16 rows saw nothing."""
     flat = int32(first_row + cuda.threadIdx.x)
     if cuda.threadIdx.x < 16 and flat <= last_row:
-        partial_lse[row_at(token, flat, group, heads, first_head) * parts + part] = float32(EMPTY)
+        results.parts_lse[row_at(token, flat, group, heads, first_head) * parts + part] = float32(EMPTY)

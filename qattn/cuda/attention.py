@@ -40,26 +40,17 @@ sequences grow.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint32
 
 from qattn.batch import Batch
 from qattn.cuda import attend_decode, attend_exact, attend_fused, attend_prefill, ptx
-from qattn.cuda.attend_tiles import (
-    EMPTY,
-    LOG2E,
-    SPLIT_BLOCK,
-    find_sequence,
-    inverse,
-    mask_fields,
-    natural_lse,
-)
+from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, Results, find_sequence, inverse, natural_lse
+from qattn.cuda.attend_variant import EMPTY, LOG2E, Given, Memory, Variant
 from qattn.cuda.kernel import kernel
-from qattn.cuda.rope import NO_CLIP, flags_of
 from qattn.cuda.warps import warp_max, warp_sum
+from qattn.logits import Logits
 
 FEW = 4  # new tokens of each sequence, on average, up to which reading K and V is what takes the time
 MAX_PARTS = 128  # of a tile's keys: a thread each in `merge`
@@ -69,14 +60,24 @@ Array = Any
 
 
 class CacheView(NamedTuple):
-    """A cache, as kernels see it: C-contiguous arrays on the device, keys rotated."""
+    """A cache, as kernels see it: C-contiguous arrays on the device, keys rotated.
+
+    Token p of sequence s lies in page ``pages[s, p // page_tokens]``, at ``p % page_tokens``.
+    """
 
     keys: Array
-    """(sequences, kv_heads, capacity, head_dim), float32 or float16, or bfloat16 as uint16; capacity in 64s."""
+    """(pages, kv_heads, page_tokens, head_dim), float32 or float16, or bfloat16 as uint16; page_tokens in 64s."""
     values: Array
-    """(sequences, kv_heads, capacity, value_dim), likewise."""
+    """(pages, kv_heads, page_tokens, value_dim), likewise."""
     head_dim: int
     value_dim: int
+    pages: Array
+    """(sequences, pages of each) int64; a cache without pages has one for each sequence."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence can have."""
+        return int(self.pages.shape[1] * self.keys.shape[2])
 
 
 class Storage(NamedTuple):
@@ -122,13 +123,13 @@ class Partial(NamedTuple):
     """(rows, parts) float32, in units of log 2."""
 
     @classmethod
-    def room(cls, tokens: int, sequences: int, heads: int, kv_heads: int, capacity: int, value_dim: int) -> Partial:
-        """Arrays for batches of that shape over a cache of that capacity."""
+    def room(cls, tokens: int, sequences: int, heads: int, cache: CacheView) -> Partial:
+        """Arrays for batches of that shape over a cache."""
         import cupy
 
-        parts = Plan.of(tokens, sequences, heads, kv_heads, capacity).parts
+        parts = Plan.of(tokens, sequences, heads, cache.keys.shape[1], cache.capacity).parts
         shape = (tokens * heads if parts > 1 else 0, parts)
-        return cls(cupy.empty((*shape, value_dim), "f4"), cupy.empty(shape, "f4"))
+        return cls(cupy.empty((*shape, cache.value_dim), "f4"), cupy.empty(shape, "f4"))
 
 
 def path(storage: Storage, head_dim: int, value_dim: int) -> str:
@@ -137,107 +138,89 @@ def path(storage: Storage, head_dim: int, value_dim: int) -> str:
     return "tensor" if storage.compute == storage.kind != "f32" and fits else "exact"
 
 
-@functools.cache
-def attend(storage: Storage, mask: Any) -> Callable[..., None]:
-    """The attention of a storage and a mask.
+def attend(
+    storage: Storage, q: Array, cache: CacheView, row_offsets: Array, lengths: Array, mask: Any, logits: Logits,
+    out: Array, lse: Array, partial: Partial,
+) -> None:  # fmt: skip
+    """The attention of the last tokens of each sequence.
 
-    It is ``run(q, cache, slots, row_offsets, lengths, scale, mask, out, lse, partial)``:
-
-    q : (tokens, heads, head_dim) float32, rotated;  cache : CacheView
-    slots, lengths : (sequences,) int64, where a sequence lies in the cache, and its keys, the new ones included
-    row_offsets : (sequences + 1,) int64, the batch's tokens of each sequence
-    mask : the instance for `mask`, its class
+    q : (tokens, heads, head_dim) float32, rotated
+    row_offsets : (sequences + 1,) int64, the batch's tokens of each sequence: those of the cache, in order
+    lengths : (sequences,) int64, their keys, the new ones included
     out : (tokens, heads, value_dim) float32;  lse : (tokens, heads) float32, natural logarithms; both overwritten
     partial : `Partial` with room for the batch's shape, overwritten
 
     Cost: decoding, K and V of a sequence once for 16 rows; else once for 128, or 64.  The bits of a token depend on the
     batch's shape and on the capacity, through the kernel and the number of parts, but not on what else is in the batch.
     """
-
-    def run(
-        q: Array, cache: CacheView, slots: Array, row_offsets: Array, lengths: Array, scale: float, mask_: Any,
-        out: Array, lse: Array, partial: Partial,
-    ) -> None:  # fmt: skip
-        tokens, heads, head_dim = q.shape
-        sequences = row_offsets.shape[0] - 1
-        _, kv_heads, capacity, value_dim = cache.values.shape
-        plan = Plan.of(tokens, sequences, heads, kv_heads, capacity)
-        group = heads // kv_heads
-        arrays = (q, cache.keys, cache.values, slots, row_offsets, lengths, scale * LOG2E, out, lse)
-        shape = (sequences, heads, kv_heads, capacity)
-        split = (*partial, *shape)
-        fields = mask_fields(mask_)
-        if path(storage, head_dim, value_dim) == "exact":
-            sizes = attend_exact.Sizes(head_dim, value_dim)
-            rows = attend_exact.ROWS * sizes.warps
-            tiles = min(tokens * -(-group // rows), (tokens * group + (rows - 1) * sequences) // rows)
-            attend_exact.exact_kernel(storage.kind, mask)(
-                *arrays, *split, head_dim, value_dim, plan.few, plan.parts, *fields,
-                grid=(tiles * kv_heads, plan.parts), **sizes.launch(),
+    tokens, heads, head_dim = q.shape
+    sequences, value_dim, kv_heads = row_offsets.shape[0] - 1, out.shape[2], cache.keys.shape[1]
+    plan = Plan.of(tokens, sequences, heads, kv_heads, cache.capacity)
+    group, variant, given = heads // kv_heads, Variant.of(mask, logits, cache.pages), Given.of(mask, logits)
+    results = Results(out, lse, *partial)
+    arrays = (q, Memory.of(cache), row_offsets, lengths, logits.scale * LOG2E, results, sequences, heads)
+    if path(storage, head_dim, value_dim) == "exact":
+        sizes = attend_exact.Sizes(head_dim, value_dim)
+        rows = attend_exact.ROWS * sizes.warps
+        tiles = min(tokens * -(-group // rows), (tokens * group + (rows - 1) * sequences) // rows)
+        attend_exact.exact_kernel(storage.kind, variant)(
+            *arrays, head_dim, value_dim, plan.few, plan.parts, given,
+            grid=(tiles * kv_heads, plan.parts), **sizes.launch(),
+        )  # fmt: skip
+    else:
+        if plan.few:
+            attend_decode.decode_kernel(storage.kind, variant, head_dim, value_dim)(
+                *arrays, plan.few, plan.parts, given,
+                grid=(plan.tiles * kv_heads, plan.parts), **attend_decode.Sizes(head_dim, value_dim).launch(),
             )  # fmt: skip
-        else:
-            if plan.few:
-                attend_decode.decode_kernel(storage.kind, mask, head_dim, value_dim)(
-                    *arrays, *split, plan.few, plan.parts, *fields,
-                    grid=(plan.tiles * kv_heads, plan.parts), **attend_decode.Sizes(head_dim, value_dim).launch(),
-                )  # fmt: skip
-            if plan.prefill:
-                prefill = attend_prefill.Sizes(head_dim, value_dim)
-                tiles = (tokens * group + (prefill.rows - 1) * min(sequences, tokens)) // prefill.rows
-                attend_prefill.prefill_kernel(storage.kind, mask, head_dim, value_dim)(
-                    *arrays, *shape, plan.few, *fields,
-                    grid=tiles * kv_heads, **prefill.launch(),
-                )  # fmt: skip
-        if plan.few and plan.parts > 1:
-            _merge_parts(partial, row_offsets, plan, out, lse)
-
-    return run
+        if plan.prefill:
+            prefill = attend_prefill.Sizes.of(variant, head_dim, value_dim)
+            tiles = (tokens * group + (prefill.rows - 1) * min(sequences, tokens)) // prefill.rows
+            attend_prefill.prefill_kernel(storage.kind, variant, head_dim, value_dim)(
+                *arrays, plan.few, given, grid=tiles * kv_heads, **prefill.launch()
+            )
+    if plan.few and plan.parts > 1:
+        _merge_parts(results, row_offsets, plan)
 
 
-@functools.cache
-def rotate_and_attend(storage: Storage, mask: Any) -> Callable[..., None]:
+def rotate_and_attend(
+    storage: Storage, qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: CacheView, lengths: Array,
+    mask: Any, logits: Logits, out: Array, lse: Array, partial: Partial,
+) -> None:  # fmt: skip
     """A decode step, from projected rows: rotation, write to the cache and attention, with the bits of the two steps.
 
-    It is ``run(qkv, bias, clip, q_norm, k_norm, epsilon, cos, sin, batch, neox, cache, lengths, scale, mask, out, lse,
-    partial)``: arguments as in `qattn.cuda.rope.rotate_and_store` and in `attend`, for caches and heads whose `path` is
-    "tensor", and
+    For caches and heads whose `path` is "tensor".  Arguments as in `qattn.cuda.rope.rotate_and_store` and in `attend`,
+    and
 
     batch : `Batch` with one new token for each sequence, token t in slots[t], no slot twice
     lengths : by slot, the new tokens not yet counted in; updated
 
     Cost: a launch that reads K and V once, and a small one that merges parts.
     """
-
-    def run(
-        qkv: Array, bias: Array, clip: float | None, q_norm: Array, k_norm: Array, epsilon: float, cos: Array,
-        sin: Array, batch: Batch, neox: bool, cache: CacheView, lengths: Array, scale: float, mask_: Any, out: Array,
-        lse: Array, partial: Partial,
-    ) -> None:  # fmt: skip
-        tokens, heads, value_dim = out.shape
-        _, kv_heads, capacity, head_dim = cache.keys.shape
-        plan = Plan.of(tokens, tokens, heads, kv_heads, capacity)
-        attend_fused.fused_kernel(storage.kind, mask, head_dim, value_dim)(
-            qkv, bias, clip or NO_CLIP, q_norm, k_norm, epsilon, cos, sin, batch.slots, batch.places, batch.angles,
-            cache.keys, cache.values, lengths, scale * LOG2E, out, lse, *partial, heads, kv_heads, capacity,
-            cos.shape[1], flags_of(bias, q_norm, k_norm, neox), plan.parts, *mask_fields(mask_),
-            grid=(plan.tiles * kv_heads, plan.parts), **attend_decode.Sizes(head_dim, value_dim).launch(),
-        )  # fmt: skip
-        if plan.parts > 1:
-            _merge_parts(partial, batch.row_offsets, plan, out, lse)
-
-    return run
-
-
-def _merge_parts(partial: Partial, row_offsets: Array, plan: Plan, out: Array, lse: Array) -> None:
     tokens, heads, value_dim = out.shape
+    _, kv_heads, _, head_dim = cache.keys.shape
+    plan = Plan.of(tokens, tokens, heads, kv_heads, cache.capacity)
+    results = Results(out, lse, *partial)
+    variant, sizes = Variant.of(mask, logits, cache.pages), attend_decode.Sizes(head_dim, value_dim)
+    attend_fused.fused_kernel(storage.kind, variant, head_dim, value_dim)(
+        qkv, qkv.shape[1], cos, sin, cos.shape[1], int(neox), batch, Memory.of(cache), lengths, logits.scale * LOG2E,
+        results, heads, plan.parts, Given.of(mask, logits),
+        grid=(plan.tiles * kv_heads, plan.parts), **sizes.launch(),
+    )  # fmt: skip
+    if plan.parts > 1:
+        _merge_parts(results, batch.row_offsets, plan)
+
+
+def _merge_parts(results: Results, row_offsets: Array, plan: Plan) -> None:
+    tokens, heads, value_dim = results.out.shape
     merge(
-        *partial, row_offsets, out, lse, row_offsets.shape[0] - 1, tokens, heads, value_dim, plan.few, plan.parts,
+        results, row_offsets, row_offsets.shape[0] - 1, tokens, heads, value_dim, plan.few, plan.parts,
         grid=tokens * heads, block=MAX_PARTS,
     )  # fmt: skip
 
 
-@kernel("f32* f32* i64* f32* f32* i32 i32 i32 i32 i32 i32")
-def merge(partial_out, partial_lse, row_offsets, out, lse, sequences, tokens, heads, value_dim, few, parts):  # type: ignore[no-untyped-def]
+@kernel("results i64* i32 i32 i32 i32 i32 i32", results=RESULTS)
+def merge(results, row_offsets, sequences, tokens, heads, value_dim, few, parts):  # type: ignore[no-untyped-def]
     """Combine the parts of a row, in the order of their keys: a block for each row, a thread for each part.
 
     Rows of sequences with more than `few` new tokens have no parts, and are left alone.
@@ -252,7 +235,7 @@ def merge(partial_out, partial_lse, row_offsets, out, lse, sequences, tokens, he
     weights = cuda.shared.array(MAX_PARTS, float32)
     mine = float32(EMPTY)
     if i < parts:
-        mine = partial_lse[int64(row) * parts + i]
+        mine = results.parts_lse[int64(row) * parts + i]
     largest, lane = warp_max(mine), int32(i & 31)
     if lane == 0:
         peaks[warp] = largest
@@ -277,10 +260,10 @@ def merge(partial_out, partial_lse, row_offsets, out, lse, sequences, tokens, he
         while part < parts:
             weight = weights[uint32(part)]
             if weight > float32(0):  # the others' parts were not written
-                total = float32(total + weight * partial_out[at])
+                total = float32(total + weight * results.parts_out[at])
             at += value_dim
             part = int32(part + 1)
-        out[int64(row) * value_dim + d] = float32(total * each)
+        results.out[int64(row) * value_dim + d] = float32(total * each)
         d = int32(d + MAX_PARTS)
     if i == 0:
-        lse[row] = natural_lse(largest, whole)
+        results.lse[row] = natural_lse(largest, whole)

@@ -58,7 +58,7 @@ def _aligned(x, y, z):  # type: ignore[no-untyped-def]
 
 
 @device
-def _sum_of_block(value, partial):  # type: ignore[no-untyped-def]
+def sum_of_block(value, partial):  # type: ignore[no-untyped-def]
     """The sum of all threads' values, for all of them; `partial` has room for 32 warps."""
     lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
     value = warp_sum(value)
@@ -84,7 +84,7 @@ def norm_kernel(x, weight, epsilon, n, out):  # type: ignore[no-untyped-def]
     while i < n:
         total += x[row + i] * x[row + i]
         i = np.int32(i + threads)
-    factor = ptx.rsqrt(_sum_of_block(total, partial) / np.float32(n) + epsilon)
+    factor = ptx.rsqrt(sum_of_block(total, partial) / np.float32(n) + epsilon)
     i = thread
     while i < vectors:
         a, b, c, d = _four(x, row + i * 4)

@@ -10,7 +10,13 @@ A kernel is written for one thread, with a signature of element types, a star fo
 
     double(x, out, len(x), grid=4, block=256)
 
-Arguments are CuPy arrays, numbers, and None for a null pointer.  A launch goes to CuPy's current device and stream and
+Arguments are CuPy arrays, numbers, and None for a null pointer.  Those that travel together are a named tuple, whose
+class and element types a name in the signature stands for::
+
+    @kernel("pair i32", pair=(Pair, "f32* f32*"))
+    def swap(pair, n): ...
+
+A launch goes to CuPy's current device and stream and
 waits for nothing.  PTX is made for compute capability 8.0, which newer GPUs run too, so it needs no GPU to be made and
 is kept on disk.
 
@@ -24,9 +30,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,19 +59,23 @@ _TYPES = {
 }
 _FREE_SHARED = 32 << 10  # bytes of dynamic shared memory that need no asking for, whatever a kernel has besides
 
+Group = tuple[type, str]
+"""The class of a named tuple, and its elements' types."""
+
 device = functools.partial(cuda.jit, device=True, forceinline=True, fastmath=True)
 
 
 class Kernel:
     """A function for one thread, compiled when it is first needed."""
 
-    def __init__(self, function: Callable[..., None], signature: str, key: str) -> None:
+    def __init__(self, function: Callable[..., None], signature: str, key: str, groups: Mapping[str, Group]) -> None:
         self.name = "_".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
-        self._function, self._types = function, signature.split()
+        self._function, self._groups, self._arguments = function, groups, signature.split()
         self._lock = threading.Lock()
         self._loaded: dict[tuple[str, int], Any] = {}
         self._shared: dict[tuple[str, int], int] = {}
-        self._makers = [_maker(name) for name in self._types]
+        flat = (groups[name][1].split() if name in groups else [name] for name in self._arguments)
+        self._makers = [_maker(name) for name in itertools.chain(*flat)]
 
     def __repr__(self) -> str:
         return f"<CUDA kernel {self.name}>"
@@ -83,7 +94,7 @@ class Kernel:
         return self.ptx_file.read_text()
 
     def _compile(self) -> str:
-        arguments = [types.CPointer(_TYPES[name[:-1]]) if name[-1] == "*" else _TYPES[name] for name in self._types]
+        arguments = [_type(name, self._groups) for name in self._arguments]
         options = {"device": False, "abi": "numba", "output": "ptx", "fastmath": True}
         with _no_gpu_asked():
             ptx, _ = cuda.compile(self._function, types.void(*arguments), cc=CAPABILITY, **options)
@@ -91,16 +102,17 @@ class Kernel:
 
     def __call__(self, *args: Any, grid: int | Sequence[int], block: int | Sequence[int], shared: int = 0) -> None:
         """Launch `grid` blocks of `block` threads, up to three axes each, with bytes of dynamic shared memory."""
-        if len(args) != len(self._types):
-            raise TypeError(f"{self!r} takes {len(self._types)} arguments; got {len(args)}")
+        flat = [value for arg in args for value in (arg if isinstance(arg, tuple) else (arg,))]
+        if len(flat) != len(self._makers):
+            raise TypeError(f"{self!r} takes {len(self._makers)} arguments; got {len(flat)}")
         grid = (grid,) if isinstance(grid, int) else tuple(grid)
         block = (block,) if isinstance(block, int) else tuple(block)
         if 0 in grid:
             return
-        given = tuple(make(value) for make, value in zip(self._makers, args, strict=True))
+        given = tuple(make(value) for make, value in zip(self._makers, flat, strict=True))
         self._function_for(shared)(grid, block, given, shared_mem=shared)
         if recording.kept is not None:
-            recording.kept.append(args)
+            recording.kept.append(flat)
 
     def _function_for(self, shared: int) -> Any:
         """The loaded kernel on the current device."""
@@ -127,9 +139,17 @@ class Recording(threading.local):
 recording = Recording()
 
 
-def kernel(signature: str, key: str = "") -> Callable[[Callable[..., None]], Kernel]:
+def kernel(signature: str, key: str = "", **groups: Group) -> Callable[[Callable[..., None]], Kernel]:
     """Make a kernel of a function; `key` is what it was generated for: letters, digits and underscores."""
-    return lambda function: Kernel(function, signature, key)
+    return lambda function: Kernel(function, signature, key, groups)
+
+
+def _type(name: str, groups: Mapping[str, Group]) -> Any:
+    """Numba's type of an argument."""
+    if name in groups:
+        made, elements = groups[name]
+        return types.BaseTuple.from_types([_type(element, {}) for element in elements.split()], made)
+    return types.CPointer(_TYPES[name[:-1]]) if name[-1] == "*" else _TYPES[name]
 
 
 def _maker(type_: str) -> Callable[[Any], Any]:

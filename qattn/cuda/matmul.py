@@ -323,19 +323,3 @@ def prefill(layout: Layout, packed: Any, a: Activations, out: Any) -> None:
 
 _ROWS = 128  # rows that a block multiplies, 32 a warp; so it has as many threads
 _STAGE = 2  # cells that are copied to shared memory together
-
-
-# ------------------------------------------------------------------------------------------------------------- bias
-
-
-@kernel("f32* f32* i32")
-def _add_bias(out, bias, width):  # type: ignore[no-untyped-def]
-    column = int32(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
-    if column < width:
-        out[int64(cuda.blockIdx.x) * width + column] += bias[column]
-
-
-def add_bias(out: Any, bias: Any) -> None:
-    """out += bias: (tokens, n) and (n,) float32."""
-    tokens, width = out.shape
-    _add_bias(out, bias, width, grid=(tokens, -(-width // 256)), block=256)

@@ -100,6 +100,9 @@ reciprocal = _instruction("reciprocal", "rcp.rn.f32 $0, $1;", [_F32], [_F32])
 """1 / x, correctly rounded."""
 multiply = _instruction("multiply", "mul.rn.f32 $0, $1, $2;", [_F32, _F32], [_F32])
 """a · b, never joined with an addition: where the bits of products and sums matter."""
+minimum = _instruction("minimum", "min.NaN.f32 $0, $1, $2;", [_F32, _F32], [_F32])
+"""The smaller of two, or NaN if one of them is."""
+maximum = _instruction("maximum", "max.NaN.f32 $0, $1, $2;", [_F32, _F32], [_F32])
 add = _instruction("add", "add.rn.f32 $0, $1, $2;", [_F32, _F32], [_F32])
 
 # --------------------------------------------------------------------------------------------------------- memory

@@ -1,7 +1,7 @@
 """Rotary embedding, fused with the write of keys and values into the cache.
 
-A warp works on one head of one token: it adds the bias, clamps, normalizes and rotates, and hands each element to
-whoever asked.  `qattn.cuda.attend_decode` asks as well, so that a decode step needs no kernel of its own for this.
+A warp works on one head of one token, and hands each element to whoever asked.  `qattn.cuda.attend_fused` asks as well,
+so that a decode step needs no kernel of its own for this.
 """
 
 from __future__ import annotations
@@ -14,70 +14,39 @@ from numba import cuda, float32, int32, int64, uint32
 
 from qattn.batch import Batch
 from qattn.cuda import ptx
+from qattn.cuda.attend_variant import Memory, bases_of, memory
 from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.values import narrow_for
-from qattn.cuda.warps import warp_sum
 
 WARPS = 4  # heads per block
 ELEMENT = {"f32": "f32", "f16": "u16", "bf16": "u16"}  # the kernel argument of a cache's element
-NO_CLIP = 3e38  # above every finite float that matters; infinity would not survive fast math
-BIAS, Q_NORM, K_NORM, NEOX = 1, 2, 4, 8  # bits of `flags`
 Array = Any
-
-
-@device
-def element(x, row, column, bias, flags, clip):  # type: ignore[no-untyped-def]
-    """An element of a projected row, with bias, and clamped."""
-    value = x[row + column]
-    if flags & BIAS:
-        value = float32(value + bias[column])
-    return min(max(value, float32(-clip)), clip)
 
 
 @functools.cache
 def turn_head(kind: str) -> Callable[..., Any]:
-    """A device function for one warp: target[to + d] = factor · element d of a head that is normalized and rotated.
+    """A device function for one warp: target[to + d] = factor · element d of a head that is rotated.
 
-    The head lies in x[row + column] on.  Targets of kind "f32" take the values, others rounded ones.  `norm` is the bit
-    of `flags` that says whether `weights` are given.
+    The head lies in x[row] on.  Targets of kind "f32" take the values, others rounded ones.  x may be the target.
     """
     put = narrow_for(kind)
 
     @device
-    def run(  # type: ignore[no-untyped-def]
-        x, row, column, bias, clip, weights, norm, epsilon, cos, sin, angle, half, flags, head_dim, factor, target, to
-    ):
-        lane = int32(cuda.threadIdx.x & 31)
-        scale = float32(1)
-        if flags & norm:
-            total = float32(0)
-            d = lane
-            while d < head_dim:
-                value = element(x, row, column + d, bias, flags, clip)
-                total = float32(total + value * value)
-                d = int32(d + 32)
-            scale = ptx.rsqrt(float32(warp_sum(total) / float32(head_dim) + epsilon))
-        i = lane
+    def run(x, row, cos, sin, angle, half, neox, head_dim, factor, target, to):  # type: ignore[no-untyped-def]
+        i = int32(cuda.threadIdx.x & 31)
         while i < half:
             a, b = int32(2 * i), int32(2 * i + 1)
-            if flags & NEOX:
+            if neox != 0:
                 a, b = int32(i), int32(i + half)
-            first = float32(element(x, row, column + a, bias, flags, clip) * scale)
-            second = float32(element(x, row, column + b, bias, flags, clip) * scale)
-            if flags & norm:
-                first = float32(first * weights[a])
-                second = float32(second * weights[b])
+            first, second = x[row + a], x[row + b]
             c, s = cos[angle * half + i], sin[angle * half + i]
             # opaque multiplications: the same bits, whatever the compiler makes of what surrounds them
             target[to + a] = put(ptx.multiply(float32(first * c - second * s), factor))
             target[to + b] = put(ptx.multiply(float32(first * s + second * c), factor))
             i = int32(i + 32)
-        d = int32(2 * half + lane)
+        d = int32(2 * half + (cuda.threadIdx.x & 31))
         while d < head_dim:
-            value = float32(element(x, row, column + d, bias, flags, clip) * scale)
-            if flags & norm:
-                value = float32(value * weights[d])
-            target[to + d] = put(ptx.multiply(value, factor))
+            target[to + d] = put(ptx.multiply(x[row + d], factor))
             d = int32(d + 32)
 
     return run  # type: ignore[no-any-return]
@@ -85,14 +54,14 @@ def turn_head(kind: str) -> Callable[..., Any]:
 
 @functools.cache
 def store_value(kind: str) -> Callable[..., Any]:
-    """A device function for one warp: a value, with bias and clamped, into values[to] on."""
+    """A device function for one warp: the value in x[row] on into values[to] on."""
     put = narrow_for(kind)
 
     @device
-    def run(x, row, column, bias, clip, flags, value_dim, values, to):  # type: ignore[no-untyped-def]
+    def run(x, row, value_dim, values, to):  # type: ignore[no-untyped-def]
         d = int32(cuda.threadIdx.x & 31)
         while d < value_dim:
-            values[to + d] = put(element(x, row, column + d, bias, flags, clip))
+            values[to + d] = put(x[row + d])
             d = int32(d + 32)
 
     return run  # type: ignore[no-any-return]
@@ -101,109 +70,102 @@ def store_value(kind: str) -> Callable[..., Any]:
 _turn = turn_head("f32")
 
 
-@kernel("f32* f32* f32* i64* f32* i32 i32 i32 i32 i32")
-def _rotate(x, cos, sin, positions, out, count, heads, head_dim, half, flags):  # type: ignore[no-untyped-def]
+@kernel("f32* f32* f32* i64* f32* i32 i32 i32 i32 i32 i32")
+def _rotate(x, cos, sin, positions, out, count, heads, head_dim, width, half, neox):  # type: ignore[no-untyped-def]
     unit = int32(cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5))
     if unit < count:
-        row = int64(unit) * head_dim
-        _turn(
-            x, row, int32(0), x, float32(NO_CLIP), x, int32(0), float32(0), cos, sin,
-            positions[uint32(unit) // uint32(heads)], half, flags, head_dim, float32(1), out, row,
-        )  # fmt: skip
+        token = int32(uint32(unit) // uint32(heads))
+        row = int64(token) * width + (unit - token * heads) * head_dim
+        _turn(x, row, cos, sin, positions[token], half, neox, head_dim, float32(1), out, row)
 
 
 def rotate(x: Array, cos: Array, sin: Array, positions: Array, neox: bool, out: Array) -> None:
-    """out[t, h] = x[t, h] rotated by the angles of positions[t].
+    """out[t, h] = x[t, h] rotated by the angles of positions[t]; out may be x.
 
     x, out : (tokens, heads, head_dim) float32;  cos, sin : (positions, rope_dims / 2) float32
     positions : (tokens,) int64
     Cost: reads x once, writes out.
     """
-    tokens, heads, head_dim = x.shape
-    count, flags = tokens * heads, NEOX if neox else 0
-    grid = -(-count // WARPS)
-    _rotate(x, cos, sin, positions, out, count, heads, head_dim, cos.shape[1], flags, grid=grid, block=32 * WARPS)
+    _, heads, head_dim = x.shape
+    _launch_rotate(x, cos, sin, positions, out, heads, head_dim, heads * head_dim, neox)
+
+
+def rotate_heads(rows: Array, heads: int, size: int, cos: Array, sin: Array, angles: Array, neox: bool) -> None:
+    """Rotate the first `heads` heads of `size` elements of each row in place, by the angles of angles[t].
+
+    rows : (tokens, columns) float32;  cos, sin : (positions, rope_dims / 2) float32
+    """
+    _launch_rotate(rows, cos, sin, angles, rows, heads, size, rows.shape[1], neox)
+
+
+def _launch_rotate(
+    x: Array, cos: Array, sin: Array, positions: Array, out: Array, heads: int, size: int, width: int, neox: bool
+) -> None:
+    count, half = len(x) * heads, cos.shape[1]
+    _rotate(
+        x, cos, sin, positions, out, count, heads, size, width, half, int(neox),
+        grid=-(-count // WARPS), block=32 * WARPS,
+    )  # fmt: skip
+
+
+BATCH = (Batch, "i64* i64* i64* i64* i32")
+"""For a kernel's signature."""
 
 
 @functools.cache
-def store_kernel(kind: str) -> Kernel:
+def store_kernel(kind: str, paged: bool = False) -> Kernel:
     """The kernel of `rotate_and_store`: a warp for each head of q, k and v of each token."""
-    turn, turn_key, copy = turn_head("f32"), turn_head(kind), store_value(kind)
+    turn, turn_key, copy, (base_of, _) = turn_head("f32"), turn_head(kind), store_value(kind), bases_of(paged)
 
     @kernel(
-        "f32* f32* f32 f32* f32* f32 f32* f32* i64* i64* i64* "
-        f"{ELEMENT[kind]}* {ELEMENT[kind]}* i64* f32* i32 i32 i32 i32 i32 i32 i32 i32",
-        kind,
-    )
+        "f32* i32 f32* f32* i32 i32 batch cache i64* f32* i32 i32 i32 i32", f"{kind}{'_paged' if paged else ''}",
+        batch=BATCH, cache=memory(ELEMENT[kind]),
+    )  # fmt: skip
     def store(  # type: ignore[no-untyped-def]
-        qkv, bias, clip, q_norm, k_norm, epsilon, cos, sin, slots, places, angles,
-        keys, values, lengths, q, tokens, heads, kv_heads, head_dim, value_dim, capacity, half, flags,
-    ):  # fmt: skip
+        qkv, width, cos, sin, half, neox, batch, cache, lengths, q, tokens, heads, head_dim, value_dim
+    ):
         work, lane = int32(cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)), int32(cuda.threadIdx.x & 31)
+        kv_heads = cache.kv_heads
         units = int32(heads + 2 * kv_heads)
         token = int32(uint32(work) // uint32(units))
         unit = int32(work - token * units)
         if token < tokens:
-            row = int64(token) * (units * head_dim + kv_heads * (value_dim - head_dim))
+            row = int64(token) * width + unit * head_dim
+            angle = batch.angles[token]
             if unit < heads:
                 to = (int64(token) * heads + unit) * head_dim
-                turn(
-                    qkv, row, int32(unit * head_dim), bias, clip, q_norm, int32(Q_NORM), epsilon, cos, sin,
-                    angles[token], half, flags, head_dim, float32(1), q, to,
-                )  # fmt: skip
+                turn(qkv, row, cos, sin, angle, half, neox, head_dim, float32(1), q, to)
             else:
-                slot, place = slots[token], places[token]
-                head = int32(unit - heads)
+                slot, place, head = batch.slots[token], batch.places[token], int32(unit - heads)
                 if head < kv_heads:
-                    to = ((slot * kv_heads + head) * capacity + place) * head_dim
-                    turn_key(
-                        qkv, row, int32(unit * head_dim), bias, clip, k_norm, int32(K_NORM), epsilon, cos, sin,
-                        angles[token], half, flags, head_dim, float32(1), keys, to,
-                    )  # fmt: skip
+                    to = (base_of(cache, slot, head, place) + place) * head_dim
+                    turn_key(qkv, row, cos, sin, angle, half, neox, head_dim, float32(1), cache.keys, to)
                 else:
                     head = int32(head - kv_heads)
-                    to = ((slot * kv_heads + head) * capacity + place) * value_dim
-                    column = int32((heads + kv_heads) * head_dim + head * value_dim)
-                    copy(qkv, row, column, bias, clip, flags, value_dim, values, to)
+                    to = (base_of(cache, slot, head, place) + place) * value_dim
+                    copy(qkv, row + head * int32(value_dim - head_dim), value_dim, cache.values, to)
                     if head == 0 and lane == 0:
                         ptx.atomic_max_64(lengths, slot, place + 1)
 
     return store
 
 
-def flags_of(bias: Array, q_norm: Array, k_norm: Array, neox: bool) -> int:
-    """What a kernel is given, as bits."""
-    given = ((bias is not None, BIAS), (q_norm is not None, Q_NORM), (k_norm is not None, K_NORM), (neox, NEOX))
-    return sum(bit for there, bit in given if there)
+def rotate_and_store(
+    kind: str, qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: Any, lengths: Array, q: Array
+) -> None:
+    """Rotate the queries and keys of projected rows, and append keys and values to a cache of that kind.
 
-
-@functools.cache
-def rotate_and_store(kind: str) -> Callable[..., None]:
-    """For a cache of that kind: ``run(qkv, bias, clip, q_norm, k_norm, epsilon, cos, sin, batch, neox, cache, lengths, q)``.
-
-    qkv : (tokens, heads · head_dim + kv_heads · (head_dim + value_dim)) float32, the projected rows
-    bias : one row, added to each, or None;  clip : what all elements are clamped to, ±; 0 or None for no bound
-    q_norm, k_norm : (head_dim,) float32 weights of an RMS norm over each head, before the rotation, or None
-    epsilon : added to the mean square
+    qkv : (tokens, heads · head_dim + kv_heads · (head_dim + value_dim) or more) float32, the projected rows
     cos, sin : (positions, rope_dims / 2) float32;  neox : pairs are (i, i + rope_dims / 2), else (2i, 2i + 1)
     batch : `Batch`;  cache : CacheView, written;  lengths : (sequences,) int64, the new tokens counted in
     q : (tokens, heads, head_dim) float32, overwritten with the rotated queries
-    Cost: one launch that reads qkv once (twice from the L1 cache, if there is a norm) and writes q and the new keys and
-    values.  Nothing depends on what the arrays hold, so a CUDA graph can keep it.
-    """  # noqa: E501
-    launch = store_kernel(kind)
-
-    def run(
-        qkv: Array, bias: Array, clip: float | None, q_norm: Array, k_norm: Array, epsilon: float, cos: Array,
-        sin: Array, batch: Batch, neox: bool, cache: Any, lengths: Array, q: Array,
-    ) -> None:  # fmt: skip
-        tokens, heads, head_dim = q.shape
-        _, kv_heads, capacity, value_dim = cache.values.shape
-        launch(
-            qkv, bias, clip or NO_CLIP, q_norm, k_norm, epsilon, cos, sin, batch.slots, batch.places, batch.angles,
-            cache.keys, cache.values, lengths, q, tokens, heads, kv_heads, head_dim, value_dim, capacity,
-            cos.shape[1], flags_of(bias, q_norm, k_norm, neox),
-            grid=-(-tokens * (heads + 2 * kv_heads) // WARPS), block=32 * WARPS,
-        )  # fmt: skip
-
-    return run
+    Cost: one launch that reads qkv once and writes q and the new keys and values.  Nothing depends on what the arrays
+    hold, so a CUDA graph can keep it.
+    """
+    tokens, heads, head_dim = q.shape
+    there = Memory.of(cache)
+    store_kernel(kind, paged=there.each > 1)(
+        qkv, qkv.shape[1], cos, sin, cos.shape[1], int(neox), batch, there, lengths, q, tokens, heads, head_dim,
+        cache.value_dim,
+        grid=-(-tokens * (heads + 2 * there.kv_heads) // WARPS), block=32 * WARPS,
+    )  # fmt: skip

@@ -7,8 +7,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from qattn import devices
-from qattn.cpu.attention import CacheView, pack
+from qattn.cache_types import BLOCK, CacheType
+from qattn.cpu.attend_codes import cell_bytes
+from qattn.cpu.attend_tiles import pack
+from qattn.cpu.attention import CacheView
 from qattn.cpu.simd import LANES
+from qattn.layout import PLANES
 
 Array = np.ndarray[Any, Any]
 
@@ -22,8 +26,8 @@ class Layout(Protocol):
     def room(self, params: Any, sequences: int, capacity: int) -> tuple[Any, Any]:
         """Zeroed arrays for keys and values, whose third axis counts `capacity` tokens in units."""
 
-    def view(self, params: Any, keys: Any, values: Any) -> Any:
-        """What kernels receive."""
+    def view(self, params: Any, keys: Any, values: Any, pages: Any) -> Any:
+        """What kernels receive; pages (sequences, pages of each) int64."""
 
     def read(self, params: Any, keys: Any, values: Any, sequence: int, start: int, stop: int) -> tuple[Array, Array]:
         """Copies of tokens start … stop - 1: (tokens, n_kv_heads, head_dim) and (…, value_dim), float32, on the CPU."""
@@ -33,45 +37,109 @@ class Layout(Protocol):
 
 
 class Tiles:
-    """Tiles of 16 tokens, see `qattn.cpu.attention`: what lies behind the last token of a tile is zero."""
+    """Tiles of 16 tokens, see `qattn.cpu.attention` and `qattn.cpu.attend_codes`.
+
+    What lies behind the last token of a tile is zero, of codes at least their scales and offsets.
+    """
 
     unit = LANES
 
     def room(self, params: Any, sequences: int, capacity: int) -> tuple[Array, Array]:
-        packed = pack(params.kind)
-        element = np.float32 if params.kind == "f32" else np.uint16
-        key_size = -(-params.head_dim // packed) * packed * LANES
-        value_size = -(-params.values // LANES) * LANES * LANES
-        heads = (sequences, params.n_kv_heads, capacity // LANES)
-        return np.zeros((*heads, key_size), element), np.zeros((*heads, value_size), element)
+        shape = (sequences, params.n_kv_heads, capacity // LANES)
+        sizes = ((params.key_type, params.head_dim, 1), (params.value_type, params.values, LANES))
+        keys, values = (np.zeros((*shape, _tile_size(*each)), _element(each[0])) for each in sizes)
+        return keys, values
 
-    def view(self, params: Any, keys: Array, values: Array) -> CacheView:
-        return CacheView(keys, values, params.head_dim, params.values)
+    def view(self, params: Any, keys: Array, values: Array, pages: Array) -> CacheView:
+        return CacheView(keys, values, params.head_dim, params.values, pages)
 
     def read(
         self, params: Any, keys: Array, values: Array, sequence: int, start: int, stop: int
     ) -> tuple[Array, Array]:
-        packed = pack(params.kind)
         tiles = slice(start // LANES, -(-stop // LANES))
-        keys, values = (_widened(a[sequence, :, tiles], params.kind) for a in (keys, values))
-        heads, count = keys.shape[:2]
-        pairs, slices = -(-params.head_dim // packed), -(-params.values // LANES)
-        keys = keys.reshape(heads, count, pairs, LANES, packed).transpose(1, 3, 0, 2, 4)
-        keys = keys.reshape(count * LANES, heads, pairs * packed)[..., : params.head_dim]
-        values = values.reshape(heads, count, slices, LANES // packed, LANES, packed).transpose(1, 3, 5, 0, 2, 4)
-        values = values.reshape(count * LANES, heads, slices * LANES)[..., : params.values]
-        skip = tiles.start * LANES
-        return keys[start - skip : stop - skip], values[start - skip : stop - skip]
+        skip, both = tiles.start * LANES, []
+        for array, type_, size, of_keys in (
+            (keys, params.key_type, params.head_dim, True), (values, params.value_type, params.values, False)
+        ):  # fmt: skip
+            taken = (_codes if type_.in_blocks else _floats)(array[sequence, :, tiles], type_, of_keys)
+            taken = taken[start - skip : stop - skip, :, :size]
+            both.append(hadamard(taken) if params.hadamard else taken)
+        return both[0], both[1]
 
     def forget(self, params: Any, keys: Array, values: Array, sequence: int, length: int) -> None:
         tile, kept = divmod(length, LANES)
         if not kept:
             return  # the first write to a tile clears it
-        packed, heads = pack(params.kind), params.n_kv_heads
-        keys[sequence, :, tile].reshape(heads, -1, LANES, packed)[:, :, kept:] = 0
-        pairs = values[sequence, :, tile].reshape(heads, -1, LANES // packed, LANES, packed)
-        pairs[:, :, -(-kept // packed) :] = 0
-        pairs[:, :, kept // packed, :, kept % packed :] = 0
+        for array, type_, of_keys in ((keys, params.key_type, True), (values, params.value_type, False)):
+            there, packed = array[sequence, :, tile], pack(type_.kind)
+            if type_.in_blocks:
+                cells = there.shape[1] // _cell_size(type_)
+                there[:, cells * cell_bytes(type_) :].view(np.uint16).reshape(len(there), -1, LANES)[..., kept:] = 0
+            elif of_keys:
+                there.reshape(len(there), -1, LANES, packed)[:, :, kept:] = 0
+            else:
+                pairs = there.reshape(len(there), -1, LANES // packed, LANES, packed)
+                pairs[:, :, -(-kept // packed) :] = 0
+                pairs[:, :, kept // packed, :, kept % packed :] = 0
+
+
+def _cell_size(type_: CacheType) -> int:
+    """Bytes of 32 elements of 16 tokens."""
+    return LANES * type_.block_bytes
+
+
+def _tile_size(type_: CacheType, size: int, unit: int) -> int:
+    """Elements of a tile of an array, of keys or values of `size` elements, floats in multiples of `unit`."""
+    if type_.in_blocks:
+        return -(-size // BLOCK) * _cell_size(type_)
+    unit = max(unit, pack(type_.kind))
+    return -(-size // unit) * unit * LANES
+
+
+def _element(type_: CacheType) -> Any:
+    return {32: np.float32, 16: np.uint16}.get(type_.bits, np.uint8)
+
+
+def _floats(tiles: Array, type_: CacheType, of_keys: bool) -> Array:
+    """Tiles (heads, tiles, …) of floats → (tokens, heads, elements, padded) float32."""
+    packed, (heads, count) = pack(type_.kind), tiles.shape[:2]
+    tiles = _widened(tiles, type_.kind)
+    if of_keys:
+        tiles = tiles.reshape(heads, count, -1, LANES, packed).transpose(1, 3, 0, 2, 4)
+    else:
+        tiles = tiles.reshape(heads, count, -1, LANES // packed, LANES, packed).transpose(1, 3, 5, 0, 2, 4)
+    return tiles.reshape(count * LANES, heads, -1)
+
+
+def _codes(tiles: Array, type_: CacheType, of_keys: bool) -> Array:
+    """The same for tiles of codes."""
+    (heads, count), cells, size = tiles.shape[:2], tiles.shape[2] // _cell_size(type_), cell_bytes(type_)
+    factors = np.ascontiguousarray(tiles[:, :, cells * size :]).view(np.float16).astype(np.float32)
+    factors = factors.reshape(heads, count, -1, cells, LANES).transpose(2, 1, 4, 0, 3)[..., None]
+    planes, codes, low = tiles[:, :, : cells * size].reshape(heads, count, cells, -1, 64), None, 0
+    for plane in PLANES[type_.bits]:
+        shifts = np.arange(0, 8, plane, dtype=np.uint8)[:, None]
+        vectors, planes = planes[:, :, :, :plane], planes[:, :, :, plane:]
+        part = (vectors[:, :, :, :, None] >> shifts & ((1 << plane) - 1)).reshape(heads, count, cells, 8, LANES, 4)
+        codes, low = part if codes is None else codes | part << low, low + plane
+    if of_keys:  # quads of elements, lanes of keys
+        codes = codes.transpose(1, 4, 0, 2, 3, 5)
+    else:  # halves of elements, quads of values, lanes of elements
+        codes = codes.reshape(heads, count, cells, 2, 4, LANES, 4).transpose(1, 4, 6, 0, 2, 3, 5)
+    codes = codes.reshape(count, LANES, heads, cells, BLOCK)
+    levels = np.array(type_.table, np.float32)[codes] if type_.table else codes.astype(np.float32) - type_.zero
+    values = levels * factors[0] + factors[1] if type_.offset else levels * factors[0]
+    return values.reshape(count * LANES, heads, cells * BLOCK)
+
+
+def hadamard(x: Array) -> Array:
+    """x (…, n) float32 times the Walsh-Hadamard matrix of the largest power of two that divides n, block by block."""
+    size, step = x.shape[-1] & -x.shape[-1], 1
+    while step < size:
+        pairs = x.reshape(*x.shape[:-1], -1, 2, step)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        x, step = np.stack([low + high, low - high], axis=-2).reshape(x.shape), 2 * step
+    return x * np.float32(size**-0.5)
 
 
 class Rows:
@@ -83,19 +151,22 @@ class Rows:
         self._device = device
 
     def room(self, params: Any, sequences: int, capacity: int) -> tuple[Any, Any]:
-        element = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[params.kind]
+        element = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}.get(params.key_kind)
+        if element is None or params.key_kind != params.value_kind or params.hadamard:
+            told = f"{params.dtype}{', turned by a Hadamard matrix' if params.hadamard else ''}"
+            raise NotImplementedError(f"a cache of {told} works on a CPU alone; a GPU's is float32, float16 or bfloat16")
         heads, xp = (sequences, params.n_kv_heads, capacity), devices.namespace(self._device)
         with devices.current(self._device):
             return xp.zeros((*heads, params.head_dim), element), xp.zeros((*heads, params.values), element)
 
-    def view(self, params: Any, keys: Any, values: Any) -> Any:
+    def view(self, params: Any, keys: Any, values: Any, pages: Any) -> Any:
         from qattn.cuda.attention import CacheView
 
-        return CacheView(keys, values, params.head_dim, params.values)
+        return CacheView(keys, values, params.head_dim, params.values, pages)
 
     def read(self, params: Any, keys: Any, values: Any, sequence: int, start: int, stop: int) -> tuple[Array, Array]:
         kept = (devices.copied(a[sequence, :, start:stop], "cpu").transpose(1, 0, 2) for a in (keys, values))
-        first, second = (_widened(np.ascontiguousarray(a), params.kind) for a in kept)
+        first, second = (_widened(np.ascontiguousarray(a), params.key_kind) for a in kept)
         return first, second
 
     def forget(self, params: Any, keys: Any, values: Any, sequence: int, length: int) -> None:
@@ -103,11 +174,14 @@ class Rows:
 
 
 def _widened(stored: Array, kind: str) -> Array:
-    """16-bit floats → float32."""
+    """Floats → float32."""
     if kind == "f32":
         return stored
     if kind == "f16":
         return stored.view(np.float16).astype(np.float32)
+    if kind == "f8":  # moved to float16's place, exponents are 8 too small
+        word = stored.astype(np.uint16)
+        return ((word & 0x80) << 8 | (word & 0x7F) << 7).view(np.float16).astype(np.float32) * np.float32(256)
     return (stored.astype(np.uint32) << 16).view(np.float32)
 
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
+import itertools
+import operator
 import pkgutil
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from qattn import _check
+
 
 class Mask(Protocol):
-    """A named tuple of integers with one method, which NumPy code, Numba and the kernels run alike."""
+    """A named tuple of integers with one or two methods, which NumPy code, Numba and the kernels run alike."""
 
     def bounds(self, query: int, keys: int) -> tuple[int, int]:
         """The first key that the query at index `query` sees, and the end: one past the last.
 
         `query` counts from the start of the sequence, in which there are `keys` keys; the end may exceed `keys`.
+        Keys outside are never read.  A mask may also have a method ``sees(query, key)``, which tells for the keys
+        within the bounds whether they are seen.  Both may be static methods.
         """
 
 
@@ -60,23 +67,70 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_masks))
 
 
-def get(mask: str | MHAMaskVariant | Mask) -> Mask:
+def has_window(name: str) -> bool:
+    """Whether the mask of that name has a window, a chunk or a prefix."""
+    names()
+    return bool(_masks[name]._fields)
+
+
+def get(mask: str | MHAMaskVariant | Mask, window: int | None = None) -> Mask:
     """The mask of that name or variant; a mask is returned as it is.
+
+    Parameters
+    ----------
+    mask : str, MHAMaskVariant or mask
+    window : int, optional
+        Keys in a window, a chunk or a prefix, for the masks that have one.
 
     Raises
     ------
-    NotImplementedError
-        For a variant that has no kernel.
     ValueError
-        For a name that is no mask's.
+        For a name that is no mask's, or a window that is missing, needless or not positive.
     """
     if not isinstance(mask, (str, MHAMaskVariant)):
         return mask
-    known = ", ".join(names())
-    if isinstance(mask, MHAMaskVariant):
-        if mask.value not in _masks:
-            raise NotImplementedError(f"{mask.name} is not implemented; there are: {known}")
-        return _masks[mask.value]()  # type: ignore[no-any-return]
-    if mask not in _masks:
-        raise ValueError(f"there is no mask named {mask!r}; there are: {known}")
-    return _masks[mask]()  # type: ignore[no-any-return]
+    name = mask if isinstance(mask, str) else mask.value
+    if name not in names():
+        raise ValueError(f"there is no mask named {name!r}; there are: {', '.join(names())}")
+    if has_window(name) != (window is not None):
+        wanted = "needs one: say window=…" if window is None else "has no window"
+        raise ValueError(f"window is {window}; the mask {name!r} {wanted}")
+    if window is None:
+        return _masks[name]()  # type: ignore[no-any-return]
+    _check.at_least("window", window, 1)
+    return _masks[name](operator.index(window))  # type: ignore[no-any-return]
+
+
+def from_function(
+    sees: Callable[[int, int], bool], bounds: Callable[[int, int], tuple[int, int]] | None = None
+) -> Mask:
+    """A mask of a Python function, which is compiled into the kernels.
+
+    Parameters
+    ----------
+    sees : function of (query, key)
+        Whether the query at that index of a sequence sees the key at that index; plain arithmetic that Numba compiles.
+    bounds : function of (query, keys), optional
+        The range of keys that may be seen, see `Mask`; others are never read.  By default, all.
+
+    Examples
+    --------
+    >>> strided = qattn.masks.from_function(lambda query, key: key <= query and (query - key) % 4 == 0)
+    >>> qattn.attention(q, k, v, mask=strided)
+    """
+
+    members = {
+        "__doc__": f"The mask of {sees.__qualname__}.",
+        "__module__": sees.__module__,
+        "__qualname__": f"{sees.__qualname__}.{next(_functions)}",  # kernels are kept by the names of their masks
+        "sees": staticmethod(sees),
+        "bounds": staticmethod(bounds or _all_keys),
+    }
+    return type("FunctionMask", (namedtuple("FunctionMask", ()),), members)()  # type: ignore[no-any-return, misc]
+
+
+_functions = itertools.count()
+
+
+def _all_keys(query: int, keys: int) -> tuple[int, int]:
+    return 0, keys

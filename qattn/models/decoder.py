@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from qattn import _check, backends, devices
 from qattn._backend import as_host
-from qattn.attention import GGUFQAttentionWithRope
 from qattn.batch import Batch
 from qattn.cpu.threads import get_num_threads
-from qattn.errors import CacheError, GGUFError
+from qattn.errors import CacheError
+from qattn.gguf_attention import GGUFQAttentionWithRope
 from qattn.gguf_file import GGUFFile
 from qattn.gguf_file import open as open_gguf
+from qattn.introspect import probed
 from qattn.linear import Linear
 from qattn.models import architectures
 from qattn.models.config import ModelConfig
+from qattn.models.layer import Layer, Weights
 from qattn.ops import Precision
 from qattn.packing import PackedMatrix
-from qattn.rope import Rotation
 
 Array = np.ndarray[Any, Any]
 _CHUNK = 512  # tokens computed at once: enough for full speed, and few enough that what lies between layers stays small
@@ -99,31 +100,20 @@ class Decoder:
             max_length = config.context_length
         _check.at_least("max_length", max_length, 1)
         described = architectures.get(config.architecture)
-        weights = _Weights(model, precision, device)
+        weights = Weights(model, config, precision, device)
         dtype = cache_dtype or ("float32" if precision == "exact" else "bfloat16")
-        hidden, inner = config.hidden_size, config.feed_forward_size
         layers = []
         for n in range(config.layers):
             attention = GGUFQAttentionWithRope.from_gguf(
                 model, n, precision=precision, cache_dtype=dtype, max_length=max_length, device=device
             )
-            layers.append(
-                Layer(
-                    attention_norm=weights.vector(described.attention_norm.format(n), hidden),
-                    attention=attention,
-                    feed_forward_norm=weights.vector(described.feed_forward_norm.format(n), hidden),
-                    gate_up=weights.linear([described.gate.format(n), described.up.format(n)], inner, hidden),
-                    down=weights.linear([described.down.format(n)], hidden, inner),
-                    epsilon=config.norm_epsilon,
-                )
-            )
-        embeddings = weights.matrix(described.embeddings, config.vocabulary_size, hidden)
-        tied = f"{described.output}.weight" not in model
-        output = embeddings if tied else weights.matrix(f"{described.output}.weight", config.vocabulary_size, hidden)
-        head = Linear(PackedMatrix(output).to(device), precision=precision)
-        return cls(
-            config, embeddings.to(device), layers, weights.vector(described.output_norm, hidden), head, max_length
-        )
+            layers.append(weights.layer(described, n, attention))
+        embeddings = weights.matrix(described.embeddings, config.vocabulary_size, config.hidden_size)
+        if f"{described.output}.weight" in model:
+            head = weights.linear([described.output], config.vocabulary_size, config.hidden_size)
+        else:
+            head = Linear(PackedMatrix(embeddings).to(device), precision=precision)
+        return cls(config, embeddings.to(device), layers, weights.norm(described.output_norm), head, max_length)
 
     def __len__(self) -> int:
         """The number of tokens in the caches."""
@@ -178,6 +168,43 @@ class Decoder:
             self._head(x[-1:], logits)
         return logits  # type: ignore[no-any-return]
 
+    def capture(
+        self, tokens: Sequence[int] | Array, what: Iterable[str], *, layers: Iterable[int] | None = None
+    ) -> dict[int, dict[str, Any]]:
+        """Read tokens from empty caches, and return what the layers' attention computes.
+
+        Parameters
+        ----------
+        tokens : (tokens,) integers
+        what : set of str
+            Names of what to take along: see `qattn.probe.Probe`.
+        layers : iterable of int, optional
+            All layers, by default.  Scores and weights take 4 · heads · tokens · tokens bytes for each.
+
+        Returns
+        -------
+        dict
+            ``captured[layer][name]``
+
+        Raises
+        ------
+        ValueError
+            There is no such name, layer or token.
+        CacheError
+            The tokens don't fit into the cache.
+        """
+        with probed(self, what, layers) as record, devices.current(self.device):
+            self.reset()
+            ids = self._check_tokens(tokens)
+            try:
+                for first in range(0, len(ids), _CHUNK):
+                    self._hidden(ids[first : first + _CHUNK])
+                    record.take()
+            except BaseException:  # an interrupt too: see forward
+                self.reset()
+                raise
+        return record.joined()
+
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens of the sequence, and forget the rest."""
         for layer in self.layers:
@@ -213,11 +240,17 @@ class Decoder:
     def _hidden(self, ids: Array) -> Array:
         """Run the layers over new tokens → (tokens, hidden_size) float32."""
         x = self._xp.empty((len(ids), self.config.hidden_size), np.float32)
-        self._backend.take_rows(self._embeddings, self._xp.asarray(ids), x)
+        self._embed(ids, x)
         places = np.arange(self._length, self._length + len(ids))
         self._run_layers(x, places)
         self._length += len(ids)
         return x  # type: ignore[no-any-return]
+
+    def _embed(self, ids: Array, out: Array) -> None:
+        """Write the embeddings of tokens."""
+        self._backend.take_rows(self._embeddings, self._xp.asarray(ids), out)
+        if self.config.embedding_scale != 1:
+            out *= np.float32(self.config.embedding_scale)
 
     def _run_layers(self, x: Array, places: Array) -> None:
         """Update x (tokens, hidden_size) float32 in place, for tokens at these places of the sequence."""
@@ -228,7 +261,7 @@ class Decoder:
 
     def _layers_of(self, x: Array, batch: Batch, positions: int) -> None:
         for layer in self.layers:
-            layer(x, batch, layer.attention.rope.rotation(positions, self.device))
+            layer(x, batch, layer.attention.rotation(positions))
 
     def _reserve(self, length: int) -> None:
         """Make room for a sequence of that length in all caches."""
@@ -253,35 +286,8 @@ class Decoder:
         normed = self._xp.empty_like(x)
         self._backend.rms_norm(x, self._output_norm, self.config.norm_epsilon, normed)
         self._output(normed, out=logits)
-
-
-class Layer:
-    """One layer: attention and feed-forward network, each behind a norm, each added to what came in."""
-
-    def __init__(
-        self,
-        attention_norm: Array,
-        attention: GGUFQAttentionWithRope,
-        feed_forward_norm: Array,
-        gate_up: Linear,
-        down: Linear,
-        epsilon: float,
-    ) -> None:
-        self.attention_norm, self.attention = attention_norm, attention
-        self.feed_forward_norm, self.gate_up, self.down = feed_forward_norm, gate_up, down
-        self.epsilon = epsilon
-
-    def __call__(self, x: Array, batch: Batch, rotation: Rotation) -> None:
-        """Update x (tokens, hidden_size) float32 in place; the attention's cache has room for the batch."""
-        backend = backends.of(x)
-        normed = backend.scratch("normed", x.shape)
-        backend.rms_norm(x, self.attention_norm, self.epsilon, normed)
-        backend.add(x, self.attention.forward(normed, self.attention.kv_cache, batch, rotation))
-        backend.rms_norm(x, self.feed_forward_norm, self.epsilon, normed)
-        gate_up = backend.scratch("gate and up", (len(x), self.gate_up.shape[0]))
-        gated = backend.scratch("gated", (len(x), self.down.shape[1]))
-        backend.swiglu(self.gate_up(normed, out=gate_up), gated)
-        backend.add(x, self.down(gated, out=normed))
+        if self.config.logit_softcap:
+            self._backend.softcap(logits, self.config.logit_softcap)
 
 
 class _Step:
@@ -303,7 +309,7 @@ class _Step:
     def run(self, decoder: Decoder, ids: Array, length: int) -> None:
         """Do what running the layers would, by a replay if they are recorded."""
         self.places[:] = length
-        decoder._backend.take_rows(decoder._embeddings, decoder._xp.asarray(ids), self.x)
+        decoder._embed(ids, self.x)
         if self.program is not None:
             self.program.replay()
         elif not self._recordable or (decoder.device != "cpu" and not self._warm):
@@ -332,38 +338,5 @@ class _Step:
         parts: list[Any] = [get_num_threads()]
         for layer in decoder.layers:
             attention = layer.attention
-            parts += attention.wqkv, attention.o_proj, attention.kv_cache.view().keys
+            parts += attention.wqkv, attention.o_proj, attention.head_scale, attention.kv_cache.view().keys
         return parts
-
-
-class _Weights:
-    """Takes weights out of a file, and checks their shapes."""
-
-    def __init__(self, model: GGUFFile, precision: Precision, device: str) -> None:
-        self._model, self._precision, self._device = model, precision, device
-
-    def _take(self, name: str, *shape: int) -> Any:
-        if name not in self._model:
-            raise GGUFError(f"{self._model.path} has no tensor {name}")
-        weights = self._model.mapped(name)
-        if weights.shape != shape:
-            raise GGUFError(f"{name} has shape {weights.shape}; the metadata of {self._model.path} needs {shape}")
-        return weights
-
-    def vector(self, name: str, size: int) -> Array:
-        """A norm's weight or a bias, (size,) float32."""
-        return devices.asarray(np.array(self._take(name, size), np.float32), self._device)  # type: ignore[no-any-return]
-
-    def matrix(self, name: str, rows: int, columns: int) -> Any:
-        """Quantized rows, a `QuantArray`."""
-        return self._take(name, rows, columns)
-
-    def linear(self, names: list[str], rows: int, columns: int) -> Linear:
-        """Stack matrices of `rows` rows each, with their biases, into one layer: one pass over the activations."""
-        stacked = np.concatenate([self.matrix(f"{name}.weight", rows, columns) for name in names])
-        bias = None
-        if any(f"{name}.bias" in self._model for name in names):
-            zeros = np.zeros(rows, np.float32)
-            given = [self._take(f"{name}.bias", rows) if f"{name}.bias" in self._model else zeros for name in names]
-            bias = np.concatenate([np.array(each, np.float32) for each in given])
-        return Linear(PackedMatrix(stacked).to(self._device), bias, precision=self._precision)

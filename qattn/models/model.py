@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,13 @@ class Model:
     def reset(self) -> None:
         """Forget all tokens."""
         self.decoder.reset()
+
+    def capture(
+        self, text: str | Sequence[int] | Array, what: Iterable[str], *, layers: Iterable[int] | None = None
+    ) -> dict[int, dict[str, Any]]:
+        """Read a text, or tokens, from empty caches, and return what the layers compute: see `Decoder.capture`."""
+        tokens = self.tokenizer.encode(text, eos=False) if isinstance(text, str) else text
+        return self.decoder.capture(tokens, what, layers=layers)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the tokens of a conversation, up to where the assistant's answer begins.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from qattn import formats
 from qattn.cuda import (
@@ -14,17 +15,35 @@ from qattn.cuda import (
     attention,
     dequantize,
     feed_forward,
+    heads,
     matmul,
     matmul_exact,
     rope,
     unpack,
 )
+from qattn.cuda.attend_variant import Variant
 from qattn.cuda.kernel import Kernel
 from qattn.masks.causal import Causal
 from qattn.packing import layout_of
 
+
+
+class Strided(NamedTuple):
+    """A query sees every `stride`-th key before it."""
+
+    stride: int
+
+    def bounds(self, query: int, keys: int) -> tuple[int, int]:
+        return 0, query + 1
+
+    def sees(self, query: int, key: int) -> bool:
+        return (query - key) % self.stride == 0
+
+
 BLOCK_FORMATS = [formats.get(name) for name in formats.names() if not formats.get(name).is_float]
 LAYOUTS = list(dict.fromkeys(layout_of(format) for format in BLOCK_FORMATS))
+PLAIN = Variant(Causal)
+FULL = Variant(Strided, cap=True, slopes=True, sinks=True, bias=True, distances=True, paged=True)
 SOME = [formats.get(name) for name in ("Q4_0", "Q6_K")]  # for kinds of results that differ in the last step only
 
 
@@ -34,7 +53,7 @@ def all_kernels() -> Iterator[Kernel]:
         chosen = BLOCK_FORMATS if kind == "f16" else SOME
         yield from (dequantize.blocks_kernel(format, kind) for format in chosen)
         yield from (unpack.unpack_kernel(layout, kind) for layout in dict.fromkeys(map(layout_of, chosen)))
-        yield from (attend_exact.exact_kernel(kind, Causal), rope.store_kernel(kind))
+        yield from (attend_exact.exact_kernel(kind, PLAIN), rope.store_kernel(kind))
     for layout in LAYOUTS:
         yield from (matmul.decode_kernel(layout, tokens) for tokens in (1, 8, 16))
         yield from (matmul.prefill_kernel(layout), matmul_exact.exact_kernel(layout))
@@ -43,6 +62,10 @@ def all_kernels() -> Iterator[Kernel]:
     for kind in ("f16", "bf16"):
         for dim in (64, 128) if kind == "f16" else (128,):
             for made in (attend_decode.decode_kernel, attend_fused.fused_kernel, attend_prefill.prefill_kernel):
-                yield made(kind, Causal, dim, dim)
-    for module in (attention, feed_forward, matmul, rope):
+                yield made(kind, PLAIN, dim, dim)
+    yield from (attend_exact.exact_kernel("f16", FULL), rope.store_kernel("f16", paged=True))
+    for made in (attend_decode.decode_kernel, attend_fused.fused_kernel, attend_prefill.prefill_kernel):
+        yield made("f16", FULL, 128, 128)
+    yield from map(heads.gate_kernel, heads.GATES)
+    for module in (attention, feed_forward, heads, matmul, rope):
         yield from (value for value in vars(module).values() if isinstance(value, Kernel))

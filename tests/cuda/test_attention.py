@@ -7,131 +7,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qattn.cuda import attend_exact, attend_tiles
+from qattn.cuda import attend_exact, attend_variant
 from qattn.cuda import attention as cuda_attention
-from qattn.cuda.attention import Plan, Storage, path
+from qattn.cuda.attention import Partial, Plan, Storage, path
 from qattn.cuda.rope import rotate_and_store
+from qattn.logits import Logits
 from qattn.masks.causal import Causal
 from qattn.masks.null import Null
 from qattn.rope import RotaryEmbedding
-from tests import reference
-from tests.cuda.test_rope import Step, View, widened
+from tests.cuda.cases import MASKS, NMSE, OPTIONS, Before, Case, Strided, Window, decode
+from tests.cuda.test_rope import Step
 from tests.reference import nmse
-from tests.strategies import normal
 
 one_cupy = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-NMSE = {"f32": 2e-12, "f16": 1e-5, "bf16": 1e-4}  # rounding q and the weights to float16, or bfloat16
-
-LSE = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2}  # q·k of about 1, with q rounded, and log2 to 2e-7 of itself
-
-
-class Window(NamedTuple):
-    """A mask with a field that qattn doesn't know."""
-
-    window: int
-
-    def bounds(self, query, keys):
-        return max(0, query - self.window + 1), query + 1
-
-
-class Before(NamedTuple):
-    """A query sees the keys that lie at least `gap` before it; the first ones see nothing."""
-
-    gap: int
-
-    def bounds(self, query, keys):
-        return 0, query + 1 - self.gap
-
-
-MASKS = [Causal(), Null(), Window(37), Window(1), Before(5)]
-
-
-class Case(NamedTuple):
-    """A ragged batch over a cache of random numbers: behind each sequence's end, too."""
-
-    kind: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    new: tuple[int, ...]
-    before: tuple[int, ...]
-    capacity: int = 0
-    exact: bool = False
-
-    @property
-    def storage(self):
-        return Storage(self.kind, "f32" if self.exact else self.kind)
-
-    @property
-    def lengths(self):
-        return np.add(self.new, self.before)
-
-    @property
-    def room(self):
-        return self.capacity or -(-int(self.lengths.max()) // 64) * 64
-
-    def arrays(self, cupy, seed=0):
-        """q and the cache."""
-        slots = len(self.new) + 1
-        q = cupy.asarray(normal((sum(self.new), self.heads, self.head_dim), seed))
-        made = []
-        for i, size in enumerate((self.head_dim, self.value_dim)):
-            x = normal((slots, self.kv_heads, self.room, size), seed + i + 1)
-            if self.kind == "bf16":
-                x = (x.view(np.uint32) >> 16).astype(np.uint16)
-            made.append(cupy.asarray(x if self.kind != "f16" else x.astype(np.float16)))
-        return q, View(*made, self.head_dim, self.value_dim)
-
-    @property
-    def slots(self):
-        """Sequences lie in the cache in another order than in the batch."""
-        return np.arange(len(self.new))[::-1] + 1
-
-    def run(self, cupy, mask, q, cache, scale=None):
-        offsets = cupy.asarray(np.concatenate([[0], np.cumsum(self.new)]))
-        tokens = len(q)
-        out = cupy.full((tokens, self.heads, self.value_dim), np.nan, "f4")
-        lse = cupy.full((tokens, self.heads), np.nan, "f4")
-        partial = cuda_attention.Partial.room(
-            tokens, len(self.new), self.heads, self.kv_heads, self.room, self.value_dim
-        )  # fmt: skip
-        run = cuda_attention.attend(self.storage, type(mask))
-        scale = self.head_dim**-0.5 if scale is None else scale
-        slots, lengths = cupy.asarray(self.slots), cupy.asarray(self.lengths)
-        run(q, cache, slots, offsets, lengths, scale, mask, out, lse, partial)
-        return out.get(), lse.get()
-
-    def expected(self, mask, q, cache, scale=None):
-        keys, values, starts = widened(self.kind, cache.keys), widened(self.kind, cache.values), np.cumsum(self.new)
-        outs, lses = [], []
-        for slot, new, length, stop in zip(self.slots, self.new, self.lengths, starts, strict=True):
-            bounds = [mask.bounds(length - new + i, length) for i in range(new)]
-            seen = np.array([[first <= key < end for key in range(length)] for first, end in bounds])
-            k, v = (a[slot, :, :length].transpose(1, 0, 2) for a in (keys, values))
-            seen = seen.reshape(new, length)
-            out, lse = reference.attention(
-                q.get()[stop - new : stop], k, v, self.head_dim**-0.5 if scale is None else scale, seen
-            )
-            outs.append(out)
-            lses.append(lse)
-        return np.concatenate(outs), np.concatenate(lses)
-
-    def check(self, cupy, mask, seed=0):
-        q, cache = self.arrays(cupy, seed)
-        out, lse = self.run(cupy, mask, q, cache)
-        want, want_lse = self.expected(mask, q, cache)
-        limit = NMSE["f32" if self.exact else self.kind]
-        assert nmse(out, want) <= limit
-        seen = np.isfinite(want_lse)
-        assert np.array_equal(np.isneginf(lse), ~seen)
-        assert np.abs(lse[seen] - want_lse[seen]).max(initial=0) < LSE["f32" if self.exact else self.kind]
-        assert not out[~seen].any()
-
-
-def decode(kind, group, head_dim, value_dim, before, **more):
-    """One new token for each sequence."""
-    return Case(kind, 2 * group, 2, head_dim, value_dim, (1,) * len(before), tuple(before), **more)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -226,7 +114,7 @@ def test_what_lies_behind_a_sequence_does_not_matter(cupy, new, capacity):
     case = Case("f16", 8, 2, 64, 64, new, (70,) * len(new), capacity)
     q, cache = case.arrays(cupy)
     first = case.run(cupy, Causal(), q, cache)
-    for slot, length in zip(case.slots, case.lengths, strict=True):
+    for slot, length in zip(cache.pages.get()[:, 0], case.lengths, strict=True):
         cache.keys[slot, :, length:], cache.values[slot, :, length:] = 60000, -60000
     for a, b in zip(first, case.run(cupy, Causal(), q, cache), strict=True):
         assert np.array_equal(a, b)
@@ -246,7 +134,8 @@ def test_scores_are_scaled(cupy):
     case = decode("f32", 2, 24, 24, (50,))
     q, cache = case.arrays(cupy)
     for scale in (0.5, -0.25):
-        assert nmse(case.run(cupy, Null(), q, cache, scale)[0], case.expected(Null(), q, cache, scale)[0]) < 1e-11
+        logits = case.logits(scale)
+        assert nmse(case.run(cupy, Null(), q, cache, logits)[0], case.expected(Null(), q, cache, logits)[0]) < 1e-11
 
 
 def test_masks_have_at_most_four_fields():
@@ -261,7 +150,7 @@ def test_masks_have_at_most_four_fields():
             return 0, keys
 
     with pytest.raises(TypeError, match="Many has 5 fields; a mask has at most 4 on a GPU"):
-        attend_tiles.bounds_of(Many)
+        attend_variant.bounds_of(Many)
 
 
 def test_the_path_is_chosen_by_type_and_size():
@@ -285,39 +174,41 @@ def test_a_plan_has_a_block_for_every_tile(new, group, kv_heads, capacity):
 
 
 STEPS = [
-    Step(8, 2, 64, 64, (1, 1, 1), (70, 0, 300), RotaryEmbedding(64), bias=True, norm=True),
-    Step(3, 1, 80, 96, (1, 1), (64, 63), RotaryEmbedding(32, pairing="neox"), clip=0.9),
+    Step(8, 2, 64, 64, (1, 1, 1), (70, 0, 300), RotaryEmbedding(64)),
+    Step(3, 1, 80, 96, (1, 1), (64, 63), RotaryEmbedding(32, pairing="neox"), extra=5),
     Step(20, 1, 128, 128, (1,), (190,), RotaryEmbedding(128)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "step", "mask"),
+    ("kind", "step", "mask", "options", "page"),
     [
-        ("f16", STEPS[0], Causal()), ("f16", STEPS[0], Window(37)), ("f16", STEPS[0], Before(5)),
-        ("bf16", STEPS[1], Causal()), ("bf16", STEPS[2], Causal()),
+        ("f16", STEPS[0], Causal(), (), 0), ("f16", STEPS[0], Window(37), (), 0), ("f16", STEPS[0], Before(5), (), 0),
+        ("f16", STEPS[0], Causal(), OPTIONS, 192), ("f16", STEPS[0], Before(400), ("sinks",), 64),
+        ("bf16", STEPS[1], Causal(), (), 0), ("bf16", STEPS[1], Strided(3), ("one bias",), 64),
+        ("bf16", STEPS[2], Causal(), (), 0),
     ],
     ids=lambda value: f"{value.heads}x{value.head_dim}" if isinstance(value, Step) else str(value),
 )  # fmt: skip
-def test_a_fused_step_has_the_bits_of_two(cupy, kind, step, mask):
+def test_a_fused_step_has_the_bits_of_two(cupy, kind, step, mask, options, page):
     """A key may be hidden from its own token: it is written all the same."""
-    case = Case(kind, step.heads, step.kv_heads, step.head_dim, step.value_dim, step.new, step.before, capacity=512)
-    storage, arguments, results = case.storage, step.arguments(cupy), []
+    case = Case(
+        kind, step.heads, step.kv_heads, step.head_dim, step.value_dim, step.new, step.before, 576, options=options,
+        page=page,
+    )  # fmt: skip
+    logits, results = Logits(*(cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in case.logits(0.2))), []
+    arguments = step.arguments(cupy)
     for fused in (False, True):
         _, cache = case.arrays(cupy)
         q = cupy.zeros((step.tokens, step.heads, step.head_dim), "f4")
         out, lse = cupy.zeros((step.tokens, step.heads, step.value_dim), "f4"), cupy.zeros(q.shape[:2], "f4")
-        partial = cuda_attention.Partial.room(
-            step.tokens, step.tokens, step.heads, step.kv_heads, 512, step.value_dim
-        )  # fmt: skip
-        batch, lengths = arguments[8], cupy.asarray(np.array(step.before))
+        lengths, offsets = cupy.asarray(np.array(step.before)), arguments[3].row_offsets
+        rest = mask, logits, out, lse, Partial.room(step.tokens, step.tokens, step.heads, cache)
         if fused:
-            run = cuda_attention.rotate_and_attend(storage, type(mask))
-            run(*arguments, cache, lengths, 0.2, mask, out, lse, partial)
+            cuda_attention.rotate_and_attend(case.storage, *arguments, cache, lengths, *rest)
         else:
-            rotate_and_store(kind)(*arguments, cache, lengths, q)
-            run = cuda_attention.attend(storage, type(mask))
-            run(q, cache, batch.slots, batch.row_offsets, lengths, 0.2, mask, out, lse, partial)
+            rotate_and_store(kind, *arguments, cache, lengths, q)
+            cuda_attention.attend(case.storage, q, cache, offsets, lengths, *rest)
         results.append([a.get() for a in (out, lse, cache.keys, cache.values, lengths)])
     for two, one in zip(*results, strict=True):
         assert np.array_equal(two, one)
@@ -328,14 +219,13 @@ def test_a_captured_step_follows_its_sequences(cupy):
     case = decode("f16", 4, 64, 64, (30, 9), capacity=256)
     q, cache = case.arrays(cupy)
     out, lse = cupy.zeros((2, 8, 64), "f4"), cupy.zeros((2, 8), "f4")
-    partial = cuda_attention.Partial.room(2, 2, 8, 2, 256, 64)
-    slots, offsets, lengths = (cupy.asarray(a) for a in (case.slots, np.arange(3), case.lengths))
+    rest = Causal(), case.logits(), out, lse, Partial.room(2, 2, 8, cache)
+    offsets, lengths = cupy.asarray(np.arange(3)), cupy.asarray(case.lengths)
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()  # the stream doesn't wait for what was done before
     with stream:
         stream.begin_capture()
-        run = cuda_attention.attend(case.storage, Causal)
-        run(q, cache, slots, offsets, lengths, 0.125, Causal(), out, lse, partial)
+        cuda_attention.attend(case.storage, q, cache, offsets, lengths, *rest)
         graph = stream.end_capture()
         for longer in (0, 150):
             lengths[:] = cupy.asarray(case.lengths + longer)

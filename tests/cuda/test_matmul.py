@@ -195,12 +195,3 @@ def test_a_processor_has_registers_for_all_threads(cupy, name):
     report = assemble(decode_kernel(layout, DECODE_SIZES[-1]).ptx_file, "sm_90")
     assert -(-report.registers // 8) * 8 * 32 * decode_warps(layout, 1) <= 65536
     assert report.stack == 0
-
-
-def test_bias(cupy):
-    from qattn.cuda.matmul import add_bias
-
-    out, bias = normal((3, 300)), normal(300, 1)
-    got = cupy.asarray(out)
-    add_bias(got, cupy.asarray(bias))
-    assert np.array_equal(cupy.asnumpy(got), out + bias)

@@ -1,6 +1,6 @@
-"""The rotary embedding on a GPU, fused with bias, clamp, norm and the write to the cache, against float64."""
+"""The rotary embedding on a GPU, fused with the write to the cache, against float64."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from qattn.batch import Batch
 from qattn.cuda import rope as cuda_rope
 from qattn.rope import RotaryEmbedding
 from tests import reference
+from tests.cuda.cases import contents, empty_cache, in_pages, widened
 from tests.strategies import normal
 
 KINDS = ("f32", "f16", "bf16")
@@ -20,35 +21,8 @@ settings.register_profile("cuda", suppress_health_check=[HealthCheck.function_sc
 one_cupy = settings.get_profile("cuda")
 
 
-class View(NamedTuple):
-    """A cache, as the kernels see it."""
-
-    keys: Any
-    values: Any
-    head_dim: int
-    value_dim: int
-
-
-def empty_cache(cupy, kind, sequences, kv_heads, capacity, head_dim, value_dim):
-    dtype = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[kind]
-    shape = (sequences, kv_heads, capacity)
-    return View(
-        cupy.zeros((*shape, head_dim), dtype), cupy.zeros((*shape, value_dim), dtype), head_dim, value_dim
-    )  # fmt: skip
-
-
-def widened(kind, stored):
-    """The numbers in a cache."""
-    stored = stored.get()
-    return (stored.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else stored.astype(np.float32)
-
-
-def rms_norm(x, weights, epsilon):
-    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon) * weights
-
-
 class Step(NamedTuple):
-    """New tokens of several sequences, and what is done to them."""
+    """New tokens of several sequences, which are rotated and stored."""
 
     heads: int
     kv_heads: int
@@ -57,9 +31,8 @@ class Step(NamedTuple):
     new: tuple[int, ...]
     before: tuple[int, ...]
     rope: RotaryEmbedding
-    bias: bool = False
-    clip: float | None = None
-    norm: bool = False
+    extra: int = 0
+    """Columns of a projected row behind q, k and v."""
 
     @property
     def tokens(self):
@@ -73,39 +46,31 @@ class Step(NamedTuple):
     def slots(self):
         return np.repeat(np.arange(len(self.new)), self.new)
 
-    def parts(self):
-        """qkv, bias, q_norm, k_norm: random."""
-        width = self.heads * self.head_dim + self.kv_heads * (self.head_dim + self.value_dim)
-        qkv, bias = normal((self.tokens, width)), normal((width,), 1) if self.bias else None
-        norms = [1 + normal((self.head_dim,), seed) / 4 if self.norm else None for seed in (2, 3)]
-        return qkv, bias, *(a if a is None else a.astype(np.float32) for a in norms)
+    @property
+    def qkv(self):
+        width = self.heads * self.head_dim + self.kv_heads * (self.head_dim + self.value_dim) + self.extra
+        return normal((self.tokens, width))
 
     def expected(self):
         """q, keys and values of the new tokens, float64."""
-        qkv, bias, q_norm, k_norm = self.parts()
-        x = qkv.astype(np.float64) + (0 if bias is None else bias)
-        x = x if not self.clip else np.clip(x, -self.clip, self.clip)
-        ends = np.cumsum([self.heads * self.head_dim, self.kv_heads * self.head_dim])
+        ends = np.cumsum([self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim])
         q, k, v = (part.reshape(self.tokens, -1, d) for part, d in zip(
-            np.split(x, ends, axis=1), (self.head_dim, self.head_dim, self.value_dim), strict=True))  # fmt: skip
-        if self.norm:
-            q, k = rms_norm(q, q_norm, 1e-6), rms_norm(k, k_norm, 1e-6)
+            np.split(self.qkv, ends, axis=1)[:3], (self.head_dim, self.head_dim, self.value_dim), strict=True))  # fmt: skip
         return reference.rotate(q, self.places, self.rope), reference.rotate(k, self.places, self.rope), v
 
     def arguments(self, cupy):
-        """What a kernel takes before the cache: qkv, bias, clip, norms, epsilon, tables, batch, pairing."""
-        qkv, *given = (a if a is None else cupy.asarray(a) for a in self.parts())
-        bias, q_norm, k_norm = given
+        """What a kernel takes before the cache: qkv, tables, batch, pairing."""
         cos, sin = (cupy.asarray(a) for a in self.rope.table(int(self.places.max()) + 1))
         offsets = np.concatenate([[0], np.cumsum(self.new)])
         places = cupy.asarray(self.places)
         batch = Batch(cupy.asarray(self.slots), places, places, cupy.asarray(offsets))
-        return qkv, bias, self.clip, q_norm, k_norm, 1e-6, cos, sin, batch, self.rope.neox
+        return cupy.asarray(self.qkv), cos, sin, batch, self.rope.neox
 
-    def run(self, cupy, kind, capacity=64):
-        cache = empty_cache(cupy, kind, len(self.new), self.kv_heads, capacity, self.head_dim, self.value_dim)
+    def run(self, cupy, kind, page=0):
+        cache = empty_cache(cupy, kind, len(self.new), self.kv_heads, 128, self.head_dim, self.value_dim)
+        cache = in_pages(cupy, cache, page) if page else cache
         lengths, q = cupy.asarray(np.array(self.before)), cupy.zeros((self.tokens, self.heads, self.head_dim), "f4")
-        cuda_rope.rotate_and_store(kind)(*self.arguments(cupy), cache, lengths, q)
+        cuda_rope.rotate_and_store(kind, *self.arguments(cupy), cache, lengths, q)
         return cache, lengths, q
 
 
@@ -118,29 +83,31 @@ def steps(draw):
     rope, sequences = draw(ropes), draw(st.integers(1, 3))
     group, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     new = draw(st.lists(st.integers(0, 4), min_size=sequences, max_size=sequences).filter(any))
-    before = draw(st.lists(st.integers(0, 50), min_size=sequences, max_size=sequences))
+    before = draw(st.lists(st.integers(0, 120), min_size=sequences, max_size=sequences))
     return Step(
         group * kv_heads, kv_heads, rope.rope_dims + draw(st.integers(0, 9)), draw(st.integers(1, 70)), tuple(new),
-        tuple(before), rope, draw(st.booleans()), draw(st.sampled_from([None, 0, 0.7])), draw(st.booleans()),
+        tuple(before), rope, draw(st.integers(0, 9)),
     )  # fmt: skip
 
 
 @settings(one_cupy, max_examples=30)
-@given(step=steps(), kind=st.sampled_from(KINDS))
-def test_queries_keys_and_values_agree_with_float64(cupy, step, kind):
-    cache, lengths, q = step.run(cupy, kind)
+@given(step=steps(), kind=st.sampled_from(KINDS), page=st.sampled_from([0, 64]))
+def test_queries_keys_and_values_agree_with_float64(cupy, step, kind, page):
+    cache, lengths, q = step.run(cupy, kind, page)
     want_q, want_k, want_v = step.expected()
     assert np.abs(q.get() - want_q).max() < 1e-5
-    for stored, want in ((cache.keys, want_k), (cache.values, want_v)):
-        got = widened(kind, stored)[step.slots, :, step.places]
+    stored = [contents(kind, cache, s) for s in range(len(step.new))]
+    for i, want in enumerate((want_k, want_v)):
+        got = np.array([stored[s][i][place] for s, place in zip(step.slots, step.places, strict=True)])
         assert (np.abs(got - want) <= STEP[kind] * np.abs(want) + 1e-5).all()
     assert np.array_equal(lengths.get(), np.add(step.before, step.new))
 
 
+@pytest.mark.parametrize("page", [0, 64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_else_in_the_cache_is_written(cupy, kind):
+def test_nothing_else_in_the_cache_is_written(cupy, kind, page):
     step = Step(4, 2, 24, 8, (2, 0, 3), (5, 7, 0), RotaryEmbedding(16))
-    cache, lengths, _ = step.run(cupy, kind)
+    cache, lengths, _ = step.run(cupy, kind, page)
     keys, values = cache.keys.get(), cache.values.get()
     assert np.count_nonzero(keys) == 5 * 2 * 24 and np.count_nonzero(values) == 5 * 2 * 8
     assert lengths.get().tolist() == [7, 7, 3]
@@ -151,7 +118,7 @@ def test_a_length_never_shrinks(cupy):
     step = Step(1, 1, 8, 8, (1,), (3,), RotaryEmbedding(8))
     cache, lengths, q = step.run(cupy, "f32")
     lengths[:] = 20
-    cuda_rope.rotate_and_store("f32")(*step.arguments(cupy), cache, lengths, q)
+    cuda_rope.rotate_and_store("f32", *step.arguments(cupy), cache, lengths, q)
     assert lengths.get().tolist() == [20]
 
 
@@ -172,10 +139,16 @@ def test_keys_and_values_are_rounded_to_the_nearest(cupy, kind):
 def test_rotate_agrees_with_float64(cupy, rope, tokens, heads, rest):
     x, positions = normal((tokens, heads, rope.rope_dims + rest)), np.arange(tokens) * 37
     cos, sin = (cupy.asarray(a) for a in rope.table(400))
-    out = cupy.zeros(x.shape, "f4")
-    cuda_rope.rotate(cupy.asarray(x), cos, sin, cupy.asarray(positions), rope.neox, out)
+    out, there = cupy.zeros(x.shape, "f4"), cupy.asarray(positions)
+    cuda_rope.rotate(cupy.asarray(x), cos, sin, there, rope.neox, out)
     assert np.abs(out.get() - reference.rotate(x, positions, rope)).max() < 1e-5
     assert np.array_equal(out.get()[..., rope.rope_dims :], x[..., rope.rope_dims :])
+    same = cupy.array(x)
+    cuda_rope.rotate(same, cos, sin, there, rope.neox, same)
+    assert np.array_equal(same.get(), out.get())
+    rows = cupy.asarray(np.concatenate([x.reshape(tokens, -1), x[:, 0]], axis=1))
+    cuda_rope.rotate_heads(rows, heads, x.shape[2], cos, sin, there, rope.neox)
+    assert np.array_equal(rows.get(), np.concatenate([out.get().reshape(tokens, -1), x[:, 0]], axis=1))
 
 
 def test_a_step_can_be_captured(cupy):
@@ -187,9 +160,9 @@ def test_a_step_can_be_captured(cupy):
     cupy.cuda.Device().synchronize()  # the stream doesn't wait for what was done before
     with stream:
         stream.begin_capture()
-        cuda_rope.rotate_and_store("f16")(*arguments, cache, lengths, q)
+        cuda_rope.rotate_and_store("f16", *arguments, cache, lengths, q)
         graph = stream.end_capture()
-        arguments[8].places[:] += 1
+        arguments[3].places[:] += 1
         graph.launch(stream)
     stream.synchronize()
     assert lengths.get().tolist() == [5, 11]

@@ -1,18 +1,9 @@
-"""Llama, Mistral, SmolLM (Touvron et al., 2023)."""
+"""Llama and those that differ from it in their attention only."""
 
 from qattn.models.architectures._registry import Architecture
 
 ARCHITECTURES = (
-    Architecture(
-        name="llama",
-        embeddings="token_embd.weight",
-        attention_norm="blk.{}.attn_norm.weight",
-        feed_forward_norm="blk.{}.ffn_norm.weight",
-        gate="blk.{}.ffn_gate",
-        up="blk.{}.ffn_up",
-        down="blk.{}.ffn_down",
-        output_norm="output_norm.weight",
-        output="output",
-        inert=("rope_freqs.weight",),
-    ),
+    Architecture(name="llama"),  # Mistral and SmolLM, too (Touvron et al., 2023)
+    Architecture(name="qwen2"),
+    Architecture(name="qwen3"),
 )

@@ -1,0 +1,152 @@
+"""What happens to projected rows beside their rotation: scale, bias and clamp, norms of heads, temperature, gates."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from numba import cuda, float32, int32, int64, uint32
+
+from qattn.cuda import ptx
+from qattn.cuda.feed_forward import sum_of_block
+from qattn.cuda.kernel import Kernel, device, kernel
+
+GATES = ("sigmoid", "softplus", "silu", "sigmoid2")
+THREADS = 256
+_LOG2_E = math.log2(math.e)
+_FACTOR, _BIAS, _LIMIT, _LAYER = 1, 2, 4, 8  # bits of `flags`
+Array = Any  # of CuPy
+
+
+def finish(out: Array, factor: Array | None, bias: Array | None, limit: float | None) -> None:
+    """out = clamp(out · factor + bias, -limit, limit).
+
+    out : (tokens, n) float32;  factor, bias : (n,) float32, or None;  limit : None for no bound
+    """
+    tokens, n = out.shape
+    flags = _flags((factor, _FACTOR), (bias, _BIAS), (limit, _LIMIT))
+    finish_kernel(out, factor, bias, limit or 0.0, n, flags, grid=(tokens, -(-n // THREADS)), block=THREADS)
+
+
+def norm_heads(
+    x: Array, first: int, groups: int, size: int, weight: Array | None, bias: Array | None, epsilon: float, layer: bool
+) -> None:
+    """Normalize each of `groups` pieces of `size` columns of x, from column `first` on, in place.
+
+    By their root mean square (Zhang and Sennrich, 2019), or if `layer` by mean and variance (Ba et al., 2016).
+    x : (tokens, columns) float32;  weight, bias : (groups, size) float32, or None
+    Cost: reads a piece once from memory and once or twice from a cache.
+    """
+    tokens, columns = x.shape
+    flags = _flags((weight, _FACTOR), (bias, _BIAS), (layer or None, _LAYER))
+    threads = min(THREADS, -(-size // 128) * 32)  # up to four elements each, if that is enough
+    norm_kernel(x, first, columns, size, weight, bias, epsilon, flags, grid=(tokens, groups), block=threads)
+
+
+def scale_tokens(x: Array, first: int, count: int, table: Array, angles: Array) -> None:
+    """x[t, first : first + count] *= table[angles[t]]: x (tokens, columns) and table (positions,) float32."""
+    tokens, columns = x.shape
+    grid = tokens, -(-count // THREADS)
+    scale_kernel(x, first, columns, count, table, angles, grid=grid, block=THREADS)
+
+
+def gate(heads: Array, x: Array, first: int, per_head: bool, function: str) -> None:
+    """heads[t, h, d] *= f(x[t, first + i]) with i = h if `per_head`, else h · value_dim + d.
+
+    heads : (tokens, heads, value_dim) float32;  x : (tokens, columns) float32;  function : one of `GATES`
+    """
+    tokens, count, size = heads.shape
+    each = size if per_head else 1  # elements for a column of x
+    grid = tokens, -(-count * size // THREADS)
+    gate_kernel(function)(heads, x, first, x.shape[1], count * size, each, grid=grid, block=THREADS)
+
+
+def _flags(*given: tuple[Any, int]) -> int:
+    return sum(bit for value, bit in given if value is not None)
+
+
+@kernel("f32* f32* f32* f32 i32 i32")
+def finish_kernel(out, factor, bias, limit, n, flags):  # type: ignore[no-untyped-def]
+    """A column a thread, grid (tokens, runs of `THREADS` columns)."""
+    column = int32(cuda.blockIdx.y * THREADS + cuda.threadIdx.x)
+    if column < n:
+        at = int64(cuda.blockIdx.x) * n + column
+        value = out[at]
+        if flags & _FACTOR:
+            value = float32(value * factor[column])
+        if flags & _BIAS:
+            value = float32(value + bias[column])
+        if flags & _LIMIT:
+            value = ptx.minimum(ptx.maximum(value, float32(-limit)), limit)
+        out[at] = value
+
+
+@kernel("f32* i32 i32 i32 f32* f32* f32 i32")
+def norm_kernel(x, first, columns, size, weight, bias, epsilon, flags):  # type: ignore[no-untyped-def]
+    """A block for a piece, grid (tokens, groups), any number of warps."""
+    partial = cuda.shared.array(64, float32)
+    thread, threads, group = int32(cuda.threadIdx.x), int32(cuda.blockDim.x), int64(cuda.blockIdx.y)
+    row, mean = int64(cuda.blockIdx.x) * columns + first + group * size, float32(0)
+    if flags & _LAYER:
+        total = float32(0)
+        i = thread
+        while i < size:
+            total = float32(total + x[row + i])
+            i = int32(i + threads)
+        mean = float32(sum_of_block(total, partial) / float32(size))
+    total = float32(0)
+    i = thread
+    while i < size:
+        value = float32(x[row + i] - mean)
+        total = float32(total + value * value)
+        i = int32(i + threads)
+    factor = ptx.rsqrt(float32(sum_of_block(total, partial[32:]) / float32(size) + epsilon))
+    i = thread
+    while i < size:
+        value = float32((x[row + i] - mean) * factor)
+        if flags & _FACTOR:
+            value = float32(value * weight[group * size + i])
+        if flags & _BIAS:
+            value = float32(value + bias[group * size + i])
+        x[row + i] = value
+        i = int32(i + threads)
+
+
+@kernel("f32* i32 i32 i32 f32* i64*")
+def scale_kernel(x, first, columns, count, table, angles):  # type: ignore[no-untyped-def]
+    """A column a thread, grid (tokens, runs of `THREADS` columns)."""
+    token, column = int64(cuda.blockIdx.x), int32(cuda.blockIdx.y * THREADS + cuda.threadIdx.x)
+    if column < count:
+        at = token * columns + first + column
+        x[at] = float32(x[at] * table[angles[token]])
+
+
+@functools.cache
+def gate_kernel(function: str) -> Kernel:
+    """The kernel of `gate`: an element a thread, grid (tokens, runs of `THREADS` elements)."""
+    softplus, times_input, factor = function == "softplus", function == "silu", 2.0 if function == "sigmoid2" else 1.0
+
+    @device
+    def gated(x):  # type: ignore[no-untyped-def]
+        small = ptx.exp2(float32(-abs(x) * float32(_LOG2_E)))  # of the negative side, without overflow
+        if softplus:  # log(1 + small) by its series in w, accurate for every size
+            w = float32(small / float32(small + float32(2)))
+            w2, tail = float32(w * w), float32(1 / 13)
+            for i in range(11, 0, -2):
+                tail = float32(float32(1 / i) + w2 * tail)
+            value = float32(max(x, float32(0)) + float32(2) * w * tail)
+        else:
+            value = (small if x < float32(0) else float32(1)) / float32(float32(1) + small) * float32(factor)
+            if times_input:
+                value = float32(value * x)
+        return value
+
+    @kernel("f32* f32* i32 i32 i32 i32", function)
+    def gate(heads, x, first, columns, elements, each):  # type: ignore[no-untyped-def]
+        i = int32(cuda.blockIdx.y * THREADS + cuda.threadIdx.x)
+        if i < elements:
+            token, at = int64(cuda.blockIdx.x), int64(cuda.blockIdx.x) * elements + i
+            heads[at] = float32(heads[at] * gated(x[token * columns + first + int32(uint32(i) // uint32(each))]))
+
+    return gate

@@ -1,0 +1,116 @@
+"""What a layer does to its heads besides rotating them, with the weights that it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qattn import backends, devices
+from qattn.architectures import AttentionConfig, Norm, Temperature
+from qattn.logits import Logits
+from qattn.projection import heads_of
+from qattn.softmax_attention import alibi_slopes
+from qattn.state import State
+
+Array = np.ndarray[Any, Any]
+
+
+class HeadNorm:
+    """A norm of the heads of q, k or v, which lie side by side in rows."""
+
+    def __init__(self, norm: Norm, name: str, state: State, heads: int, size: int, device: str) -> None:
+        self.norm = norm
+        self._groups, self._size = heads, size
+        self._weight: Any = None
+        self._bias: Any = None
+        if norm.weighted:
+            self._weight = self._spread(f"{name}.weight", state.vector(f"{name}.weight"), device)
+            if f"{name}.bias" in state:
+                self._bias = self._spread(f"{name}.bias", state.vector(f"{name}.bias"), device)
+
+    def _spread(self, name: str, values: Array, device: str) -> Any:
+        """Values as (groups, size) on the device.  Those that span all heads make these one group."""
+        heads, size = self._groups, self._size
+        if values.shape == (heads * size,) and heads > 1:
+            self._groups, self._size = 1, heads * size
+            return devices.asarray(values[None], device)
+        if values.shape not in ((size,), (heads, size), (heads, 1), (1, size)):
+            expected = f"({size},), ({heads * size},), ({heads}, {size}) or ({heads}, 1)"
+            raise ValueError(f"{name} has shape {values.shape}; expected {expected}")
+        return devices.asarray(np.ascontiguousarray(np.broadcast_to(values, (heads, size))), device)
+
+    def __call__(self, rows: Array, first: int) -> None:
+        """Normalize the heads that begin at column `first` of each row, in place."""
+        layer, epsilon = self.norm.kind == "layer", self.norm.epsilon
+        backends.of(rows).norm_heads(rows, first, self._groups, self._size, self._weight, self._bias, epsilon, layer)
+
+
+def head_norms(c: AttentionConfig, state: State, device: str) -> list[tuple[HeadNorm, int]]:
+    """The norms of q, k and v that a layer has, each with its first column in projected rows."""
+    norms, first = [], 0
+    for name, norm, (heads, size) in zip(
+        ("q_norm", "k_norm", "v_norm"), (c.q_norm, c.k_norm, c.v_norm), heads_of(c), strict=True
+    ):
+        if norm is not None and heads:
+            norms.append((HeadNorm(norm, name, state, heads, size, device), first))
+        first += heads * size
+    return norms
+
+
+def logits_of(c: AttentionConfig, state: State, device: str) -> Logits:
+    """What a layer does to its scores."""
+    arrays = {
+        "slopes": alibi_slopes(c.num_attention_heads, c.alibi) if c.alibi else None,
+        "sinks": state.vector("sinks.weight") if c.sinks else None,
+        "distances": distances(state.vector("buckets.weight"), c.distances == "two-sided") if c.distances else None,
+    }
+    for name, values in arrays.items():
+        if values is not None and len(values) != c.num_attention_heads:
+            raise ValueError(f"{name} are for {len(values)} heads; the layer has {c.num_attention_heads}")
+    there = {name: devices.asarray(values, device) for name, values in arrays.items() if values is not None}
+    return Logits(c.scale, c.softcap, **there)
+
+
+class Temperatures:
+    """The factors by which queries grow with their position, as a table that grows as well."""
+
+    def __init__(self, temperature: Temperature, device: str) -> None:
+        self.temperature, self._device = temperature, device
+        self._table: Any = np.empty(0, np.float32)
+
+    def table(self, positions: int) -> Any:
+        """The factors of positions 0 … at least `positions` - 1, float32, on the device."""
+        if positions > len(self._table):
+            length, scale, offset = self.temperature
+            steps = np.floor((np.arange(max(positions, 2 * len(self._table), 256)) + offset) / length)
+            self._table = devices.asarray((1 + scale * np.log1p(steps)).astype(np.float32), self._device)
+        return self._table
+
+
+_FARTHEST = 128  # tokens: T5's buckets do not tell longer distances apart
+
+
+def distances(buckets: Array, two_sided: bool) -> Array:
+    """T5's relative position biases (Raffel et al., 2020) by distance: see `Logits`.
+
+    Parameters
+    ----------
+    buckets : (buckets, heads) float32
+        Half of the buckets, or all if keys on one side only are told apart, hold a distance each for the first half of
+        them, and then distances that grow by equal factors up to 128.
+    two_sided : bool
+        Later keys have half of the buckets to themselves.
+
+    Returns
+    -------
+    (heads, 257) float32
+    """
+    away = np.arange(-_FARTHEST, _FARTHEST + 1)
+    count = len(buckets) // 2 if two_sided else len(buckets)
+    exact, distance = count // 2, np.abs(away) if two_sided else np.maximum(-away, 0)
+    with np.errstate(divide="ignore"):
+        growth = np.log(distance / exact) / np.log(_FARTHEST / exact) * (count - exact)
+    far = np.minimum(exact + np.maximum(growth, 0).astype(np.int64), count - 1)
+    chosen = np.where(distance < exact, distance, far) + (count * (away > 0) if two_sided else 0)
+    return np.ascontiguousarray(buckets[chosen].T, np.float32)

@@ -1,0 +1,94 @@
+"""What a cache stores for one layer."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+
+from qattn import cache_types
+from qattn.cache_types import CacheType
+
+
+@dataclass(frozen=True)
+class KVCacheParams:
+    """What a cache stores for one layer.
+
+    Parameters
+    ----------
+    n_kv_heads, head_dim : int
+        KV heads, and elements of a key.
+    value_dim : int, optional
+        Elements of a value, if other than `head_dim`.
+    dtype : str
+        What keys and values are rounded to: "float32", "float16", "bfloat16", "float8" (e4m3), or blocks of 32 elements
+        as in the GGUF format of that name: "q8_0", "q5_1", "q5_0", "q4_1", "q4_0" or "iq4_nl".  Two of them for keys
+        and values apart, in this order: "q8_0/q4_0".
+    max_length : int, optional
+        Tokens that a sequence can have.  Without it, the cache grows as long as there is memory.
+    hadamard : bool
+        Turn keys and values by a Walsh-Hadamard matrix before they are rounded, and queries and outputs likewise, which
+        changes nothing else: an outlier is spread over its whole head, where it coarsens the rounding less.
+
+    Notes
+    -----
+    The error that a type adds to the output of attention, as normalized mean squared error against a float32 cache:
+
+    ========  ==============  ===================  ===================
+    type      bits / element  Gaussian q, k and v  SmolLM2, all layers
+    ========  ==============  ===================  ===================
+    ========  ==============  ===================  ===================
+    """
+
+    n_kv_heads: int
+    head_dim: int
+    value_dim: int | None = None
+    dtype: str = "bfloat16"
+    max_length: int | None = None
+    hadamard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_kv_heads", "head_dim", "value_dim", "max_length"):
+            value = getattr(self, name)
+            if value is not None and operator.index(value) < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        given = self.dtype if isinstance(self.dtype, str) else np.dtype(self.dtype).name
+        names = [cache_types.named(name).name for name in given.lower().split("/", 1)]
+        object.__setattr__(self, "dtype", "/".join(dict.fromkeys(names)))
+
+    @property
+    def key_type(self) -> CacheType:
+        """The type of keys."""
+        return cache_types.named(self.dtype.split("/")[0])
+
+    @property
+    def value_type(self) -> CacheType:
+        """The type of values."""
+        return cache_types.named(self.dtype.split("/")[-1])
+
+    @property
+    def key_kind(self) -> str:
+        """The type of keys as kernels call it."""
+        return self.key_type.kind
+
+    @property
+    def value_kind(self) -> str:
+        """The type of values as kernels call it."""
+        return self.value_type.kind
+
+    @property
+    def kind(self) -> str:
+        """The type of both as the kernels of a GPU call it."""
+        return self.key_type.kind
+
+    @property
+    def values(self) -> int:
+        """Elements of a value."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token takes."""
+        return self.n_kv_heads * (self.key_type.row_bytes(self.head_dim) + self.value_type.row_bytes(self.values))
+

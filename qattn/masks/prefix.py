@@ -1,0 +1,17 @@
+"""A prefix sees itself as a whole, and what follows it is causal."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from qattn.masks._registry import register
+
+
+@register("prefix_lm")
+class PrefixLM(NamedTuple):
+    """A query at index q sees keys k <= q, and the first `prefix` keys whatever its own index."""
+
+    prefix: int
+
+    def bounds(self, query: int, keys: int) -> tuple[int, int]:
+        return 0, max(self.prefix, query + 1)

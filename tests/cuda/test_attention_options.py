@@ -1,0 +1,169 @@
+"""What attention kernels are specialized on: logits, masks that hide single keys, and pages, against float64."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qattn import masks
+from qattn.cuda import attend_decode, attend_exact, attend_prefill
+from qattn.cuda.attend_variant import Given, Variant, mask_key
+from qattn.masks.causal import Causal
+from qattn.masks.null import Null
+from tests.cuda.cases import MASKS, NMSE, OPTIONS, Before, Case, Strided, Window, decode
+from tests.reference import nmse
+
+EVERY = (*OPTIONS, "one bias")
+
+
+@pytest.mark.parametrize("option", EVERY)
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+def test_an_option(cupy, kind, option):
+    """For a token, a token whose keys are cut into parts, and a prompt."""
+    decode(kind, 3, 64, 64, (200, 63, 0), options=(option,)).check(cupy, Causal())
+    decode(kind, 4, 64, 64, (500, 100), capacity=2048, options=(option,)).check(cupy, Window(300))
+    Case(kind, 8, 2, 64, 64, (70, 5), (33, 0), options=(option,)).check(cupy, Null())
+
+
+@pytest.mark.parametrize("page", [0, 128])
+@pytest.mark.parametrize(("kind", "dim"), [("f16", 64), ("bf16", 128), ("f16", 256), ("f32", 40)])
+def test_all_options_together(cupy, kind, dim, page):
+    case = Case(kind, 6, 2, dim, dim, (1, 40, 0, 3), (300, 20, 9, 0), options=OPTIONS, page=page)
+    case.check(cupy, Strided(3))
+    case._replace(new=(1, 1, 1, 1)).check(cupy, Strided(2))
+
+
+some = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@some
+@given(
+    kind=st.sampled_from(["f16", "f32"]), options=st.sets(st.sampled_from(EVERY)).map(tuple), group=st.integers(1, 5),
+    new=st.lists(st.integers(0, 30), min_size=1, max_size=3).filter(any), before=st.integers(0, 200),
+    page=st.sampled_from([0, 64, 192]), mask=st.sampled_from(MASKS), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_options(cupy, kind, options, group, new, before, page, mask, seed):
+    before = tuple((before + i * 17) % 201 for i in range(len(new)))
+    case = Case(kind, 2 * group, 2, 64, 64, tuple(new), before, options=options, page=page)
+    case.check(cupy, mask, seed)
+
+
+# The head sizes of llama.cpp's own tests, with each another choice of mask, sinks, ALiBi and soft cap.
+SIZES = [
+    (40, 40), (64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (320, 320), (512, 512),
+    (576, 576), (576, 512), (192, 128), (96, 64), (65, 67),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(SIZES)), ids=[f"{k}x{v}" for k, v in SIZES])
+def test_heads_of_every_size(cupy, number):
+    (head_dim, value_dim), which = SIZES[number], 5 * number % 16
+    options = tuple(name for bit, name in enumerate(("sinks", "slopes", "cap")) if which >> bit & 1)
+    mask, group = (Causal() if which & 8 else Null()), (1, 4, 32)[number % 3]
+    for kind in ("f16", "bf16", "f32") if number % 5 == 0 else ("f16",):
+        case = Case(kind, group, 1, head_dim, value_dim, (1, 1, 1), (112, 40, 7), options=options, cap=10.0)
+        case.check(cupy, mask)
+        case._replace(new=(32 // group + 3,), before=(75,)).check(cupy, mask)
+
+
+@pytest.mark.parametrize("cap", [0.05, 10.0, 50.0])
+def test_a_soft_cap_is_exact(cupy, cap):
+    """However small or large scores are beside it."""
+    Case("f32", 2, 1, 64, 64, (9,), (90,), options=("cap",), cap=cap).check(cupy, Causal())
+
+
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+@pytest.mark.parametrize("new", [(1, 1), (40,)])
+def test_a_row_without_keys_has_its_sink(cupy, kind, new):
+    case = Case(kind, 4, 2, 64, 64, new, (30,) * len(new), capacity=2048, options=("sinks",))
+    q, cache = case.arrays(cupy)
+    out, lse = case.run(cupy, Before(400), q, cache)
+    assert not out.any()
+    assert np.abs(lse - case.logits().sinks).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+def test_a_sink_may_be_absent(cupy, kind):
+    """A sink of -inf is none."""
+    case = Case(kind, 4, 2, 64, 64, (1, 9), (30, 3))
+    q, cache = case.arrays(cupy)
+    none = case.logits()._replace(sinks=np.full(4, -np.inf, np.float32))
+    for mask in (Causal(), Before(5)):
+        for with_sink, without in zip(case.run(cupy, mask, q, cache, none), case.run(cupy, mask, q, cache), strict=True):
+            assert np.array_equal(with_sink, without)
+
+
+@pytest.mark.parametrize("page", [64, 192, 576])
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+def test_pages_give_the_same_bits(cupy, kind, page):
+    for new in ((1, 1), (70, 3)):
+        case = Case(kind, 4, 2, 64, 64, new, (400, 10), capacity=576)
+        results = []
+        for each in (case, case._replace(page=page)):
+            q, cache = each.arrays(cupy)
+            results.append(each.run(cupy, Causal(), q, cache))
+        for one, paged in zip(*results, strict=True):
+            assert np.array_equal(one, paged)
+
+
+# --------------------------------------------------------------------------------------------- how kernels are made
+
+
+@pytest.mark.parametrize("made", [attend_decode.decode_kernel, attend_prefill.prefill_kernel, attend_exact.exact_kernel])
+def test_an_option_that_is_off_is_not_read(cupy, made):
+    sizes = () if made is attend_exact.exact_kernel else (64, 64)
+    for variant, most in ((Variant(Causal), 0), (Variant(Causal, sinks=True), 1), (Variant(Causal, cap=True), 2)):
+        ptx = made("f16", variant, *sizes).ptx
+        count = len(re.findall(r"\.param \.\w+ \w+_param_\d+", ptx))
+        read = {int(n) for n in re.findall(r"ld\.param\S* [^\n]*_param_(\d+)\]", ptx)}
+        assert len([n for n in read if n >= count - len(Given._fields)]) == most
+
+
+def test_masks_of_functions_are_compiled(cupy):
+    strided = masks.from_function(lambda query, key: key <= query and (query - key) % 3 == 0)
+    near = masks.from_function(lambda query, key: key % 2 == 0, lambda query, keys: (query - 9, query + 1))
+    for case in (Case("f16", 4, 2, 64, 64, (1, 40), (90, 7)), Case("f32", 4, 2, 40, 24, (1, 9), (90, 7))):
+        case.check(cupy, strided)
+        case.check(cupy, near)
+
+
+def test_kernels_are_named_by_what_a_mask_does(monkeypatch):
+    """PTX is kept on disk by these names, so they must tell masks apart that look alike."""
+
+    def window(size):
+        return type(masks.from_function(lambda query, key: query - key < size))
+
+    assert mask_key(Causal) == "Causal"
+    assert mask_key(window(3))[-12:] == mask_key(window(3))[-12:] != mask_key(window(4))[-12:]
+
+    class Halved(NamedTuple):
+        def bounds(self, query, keys):
+            return 0, _limit(query)
+
+    before = mask_key(Halved)
+    mask_key.cache_clear()
+    assert mask_key(Halved) == before
+    monkeypatch.setitem(globals(), "_limit", lambda query: query // 4 + 1)
+    mask_key.cache_clear()
+    assert mask_key(Halved) != before
+
+
+def _limit(query):
+    return query // 2 + 1
+
+
+def test_hidden_keys_weigh_nothing(cupy):
+    """A bias of -inf hides a key as a mask does."""
+    case = Case("f16", 4, 2, 64, 64, (20, 1), (50, 80))
+    q, cache = case.arrays(cupy)
+    bias = np.full((21, 1, 81), -np.inf, np.float32)
+    for row in range(21):
+        query = 50 + row if row < 20 else 80
+        bias[row, 0, query % 3 : query + 1 : 3] = 0
+    masked, biased = case.run(cupy, Strided(3), q, cache), case.run(
+        cupy, Null(), q, cache, case.logits()._replace(bias=bias)
+    )
+    assert nmse(masked[0], biased[0]) < NMSE["f16"] / 100 and np.abs(masked[1] - biased[1]).max() < 1e-5

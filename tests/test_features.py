@@ -1,0 +1,188 @@
+"""Every feature of a layer, alone and together, against float64: descriptions and weights at random."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qattn
+from qattn import masks
+from qattn.architectures import AttentionConfig, Gate, Norm, Temperature
+from qattn.state import of_layer
+from tests.block_reference import block
+from tests.reference import nmse
+from tests.strategies import normal, windows
+
+HIDDEN = 32
+
+
+class Tensors(dict):
+    """Weights by the names that they have in a file."""
+
+    def mapped(self, name):
+        return self[name]
+
+
+@st.composite
+def norms(draw, heads, size):
+    """A norm, and shapes that its weight may have."""
+    norm = Norm(draw(st.sampled_from(["rms", "layer"])), 1e-5, draw(st.booleans()))
+    shape = draw(st.sampled_from([(size,), (heads, size), (heads, 1), (heads * size,)]))
+    return norm, shape if norm.weighted else None
+
+
+@st.composite
+def layers(draw):
+    """(config, tensors): any combination of features."""
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 4))
+    heads, head_dim = kv_heads * group, draw(st.integers(2, 12))
+    same = draw(st.booleans())
+    value_dim = head_dim if same else draw(st.integers(1, 12))
+    sizes = {"q": (heads, head_dim), "k": (kv_heads, head_dim), "v": (kv_heads, value_dim)}
+    tensors, features = Tensors(), {}
+    for seed, (name, (count, size)) in enumerate(sizes.items()):
+        tensors[f"attn_{name}.weight"] = normal((count * size, HIDDEN), seed) / 4
+        if draw(st.booleans()):
+            tensors[f"attn_{name}.bias"] = normal(count * size, seed + 10)
+        if draw(st.booleans()):
+            tensors[f"attn_{name}.scale"] = np.array([draw(st.floats(0.25, 2))], np.float32)
+        if draw(st.booleans()) and (name != "v" or same):
+            norm, shape = draw(norms(count, size))
+            features[f"{name}_norm"] = norm if name != "v" else Norm(norm.kind, 1e-5, weighted=False)
+            if shape and name != "v":
+                tensors[f"attn_{name}_norm.weight"] = 1 + normal(shape, seed + 20) / 4
+                if norm.kind == "layer" and draw(st.booleans()):
+                    tensors[f"attn_{name}_norm.bias"] = normal(shape, seed + 30)
+    tensors["attn_output.weight"] = normal((HIDDEN, heads * value_dim), 5) / 4
+    if draw(st.booleans()):
+        gate = Gate(draw(st.sampled_from(["sigmoid", "softplus"])))
+        features["gate"] = gate
+        tensors["attn_gate.weight"] = normal((draw(st.sampled_from([heads, heads * value_dim])), HIDDEN), 6) / 4
+    if draw(st.booleans()):
+        features["output_norm"] = Norm("rms", 1e-5)
+        tensors["attn_sub_norm.weight"] = 1 + normal(heads * value_dim, 7) / 4
+    if draw(st.booleans()):
+        features["sinks"] = True
+        tensors["attn_sinks.weight"] = normal(heads, 8)
+    if draw(st.booleans()):
+        features["distances"], buckets = draw(st.sampled_from([("one-sided", 8), ("two-sided", 16)]))
+        features["distance_table"] = "attn_rel_b.weight"
+        tensors["attn_rel_b.weight"] = normal((buckets, heads), 9)
+    name = draw(st.sampled_from(masks.names()))
+    rope_dims = draw(st.integers(0, head_dim // 2)) * 2
+    pairing = draw(st.sampled_from(["interleaved", "neox"]))
+    config = AttentionConfig(
+        hidden_size=HIDDEN,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        rope=qattn.RotaryEmbedding(rope_dims, pairing=pairing) if rope_dims else None,
+        scale=head_dim**-0.5,
+        mask=masks.get(name, draw(windows(name))),
+        clamp_qkv=None if "gate" in features else draw(st.sampled_from([None, 0.5])),
+        norm_after_rope=draw(st.booleans()),
+        temperature=draw(st.sampled_from([None, Temperature(4, 0.2, 1)])),
+        softcap=draw(st.sampled_from([0.0, 2.0])),
+        alibi=draw(st.sampled_from([0.0, 8.0])),
+        value_scale=draw(st.sampled_from([1.0, 0.5])),
+        **features,
+    )
+    return config, tensors
+
+
+def loaded(config, tensors, **changes):
+    """A layer of float weights with this description."""
+    state = of_layer(tensors, config)
+    biased = [name for name in "qkv" if f"{name}_proj.bias" in state]
+    for name in "qkv" if biased else "":
+        state.setdefault(f"{name}_proj.bias", np.zeros(len(state.get(f"{name}_proj.weight", "")), np.float32))
+    attn = qattn.AttentionWithRope.from_config(
+        config, cache_dtype="float32", precision="exact", has_bias=bool(biased), **changes
+    )
+    attn.load_state_dict({name: value for name, value in state.items() if len(np.shape(value)) != 0})
+    return attn
+
+
+@settings(max_examples=150)
+@given(described=layers(), tokens=st.integers(1, 30), cut=st.integers(0, 30))
+def test_any_features_agree_with_float64(described, tokens, cut):
+    config, tensors = described
+    attn, x = loaded(config, tensors), normal((tokens, HIDDEN), 50)
+    _, want = block(config, tensors, x)
+    assert nmse(attn(x), want) < 1e-9
+    if config.mask.bounds(0, 99)[1] == 1:  # later tokens don't count, so a prompt may come in pieces
+        attn.reset()
+        assert nmse(np.concatenate([attn(x[:cut]), attn(x[cut:])]), want) < 1e-9
+
+
+def plain(**features):
+    """A small layer: 4 heads of 8, and 2 KV heads."""
+    tensors = Tensors(
+        {
+            f"attn_{name}.weight": normal((rows, columns), seed) / 4
+            for seed, (name, rows, columns) in enumerate(
+                [("q", 32, HIDDEN), ("k", 16, HIDDEN), ("v", 16, HIDDEN), ("output", HIDDEN, 32)]
+            )
+        }
+    )
+    return AttentionConfig(HIDDEN, 4, 2, 8, 8, qattn.RotaryEmbedding(8), 8**-0.5, **features), tensors
+
+
+def test_a_gate_may_lie_in_the_weights_of_q():
+    config, tensors = plain(gate=Gate("sigmoid", interleaved=True))
+    tensors["attn_q.weight"] = normal((64, HIDDEN)) / 4
+    x = normal((9, HIDDEN), 1)
+    assert nmse(loaded(config, tensors)(x), block(config, tensors, x)[1]) < 1e-10
+
+
+def test_values_may_be_keys():
+    config, tensors = plain(value_from_key=True, v_norm=Norm("rms", 1e-5, weighted=False), k_norm=Norm("rms", 1e-5))
+    del tensors["attn_v.weight"]
+    tensors["attn_k_norm.weight"] = 1 + normal(8) / 4
+    x = normal((9, HIDDEN), 1)
+    assert nmse(loaded(config, tensors)(x), block(config, tensors, x)[1]) < 1e-10
+
+
+def test_a_layer_may_read_the_cache_of_another():
+    owner, its = plain()
+    reader, mine = plain(shares_cache_of=0)
+    first, second = loaded(owner, its), loaded(reader, mine)
+    x, y = normal((9, HIDDEN), 1), normal((9, HIDDEN), 2)
+    first(x)
+    got = second(y, kv_cache=first.kv_cache)
+    assert nmse(got, block(reader, mine, y, (owner, its, x))[1]) < 1e-10
+    assert len(first.kv_cache) == 9
+    with pytest.raises(qattn.CacheError, match="the layer it shares must have added x's"):
+        second(y)
+
+
+def test_cross_attention_sees_all_of_another_sequence():
+    config, tensors = plain(cross=True, mask=masks.Null())
+    attn, x, states = loaded(config, tensors), normal((9, HIDDEN), 1), normal((5, HIDDEN), 2)
+    attn.remember(states[:2])
+    attn.remember(states[2:])
+    no_turn = AttentionConfig(**{**vars(config), "rope": None})
+    attn = loaded(no_turn, tensors)
+    attn.remember(states)
+    want = block(no_turn, tensors, x, states)[1]
+    assert nmse(attn(x), want) < 1e-10
+    assert nmse(np.concatenate([attn(x[:4]), attn(x[4:])]), want) < 1e-10
+    with pytest.raises(ValueError, match="the layer attends to its own input"):
+        loaded(*plain()).remember(states)
+
+
+def test_mistakes_are_named():
+    config, tensors = plain(sinks=True)
+    tensors["attn_sinks.weight"] = normal(3)
+    with pytest.raises(ValueError, match="sinks are for 3 heads; the layer has 4"):
+        loaded(config, tensors)
+    config, tensors = plain(q_norm=Norm("rms", 1e-5))
+    tensors["attn_q_norm.weight"] = normal(5)
+    with pytest.raises(ValueError, match=r"q_norm.weight has shape \(5,\); expected \(8,\), \(32,\), \(4, 8\) or"):
+        loaded(config, tensors)
+    config, tensors = plain(clamp_qkv=1.0, gate=Gate("sigmoid"))
+    with pytest.raises(NotImplementedError, match="clamp_qkv beside a gate"):
+        loaded(config, tensors)
+    with pytest.raises(ValueError, match="clamp_qkv is -1; expected a positive number"):
+        plain(clamp_qkv=-1)
