@@ -441,9 +441,11 @@ class AttentionWithRope:
         else:
             backend.rotate_heads(rows, c.num_attention_heads, c.head_dim, rotation, batch.angles)
             q = rows[:, : c.num_attention_heads * c.head_dim].reshape(len(rows), c.num_attention_heads, c.head_dim)
+        if probe is not None:  # before attention, which may use q as it likes
+            probe.prepared(q, cache, batch, self.mask, logits)
         _, lse = backend.attend(q, cache, batch.row_offsets, self.mask, logits, exact=exact, out=heads)
         if probe is not None:
-            probe.attended(q, lse, cache, batch, self.mask, logits)
+            probe.lse = lse
         return heads  # type: ignore[no-any-return]
 
     def _merge(self, heads: Array, rows: Array) -> Array:

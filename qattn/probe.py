@@ -82,9 +82,8 @@ class Probe:
 
     # While the layer computes.  Much of what it gives is memory that it will use again.
 
-    def attended(self, q: Array, lse: Array, cache: Any, batch: Any, mask: Mask, logits: Logits) -> None:
-        """Take what attention was given and what its kernel said: q (tokens, heads, head_dim), lse (tokens, heads)."""
-        self.lse = lse
+    def prepared(self, q: Array, cache: Any, batch: Any, mask: Mask, logits: Logits) -> None:
+        """Take what attention is given: q (tokens, heads, head_dim)."""
         if self.names & (_OF_SCORES | {"q"}):
             self._taken["q"] = q.copy()
         self._where = cache, batch, mask, logits

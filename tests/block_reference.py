@@ -1,22 +1,24 @@
-"""An attention block in plain float64 NumPy, driven by its description alone: what the descriptions are checked with."""
+"""An attention block in plain float64 NumPy, driven by its description alone: what descriptions are checked with."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def block(config, tensors, x, other=None):
+def block(config, tensors, x, *, positions=None, other=None):
     """The block's heads and output for a whole sequence from an empty cache.
 
     config : AttentionConfig
     tensors : mapping of a file's tensor names to arrays
-    x : (tokens, hidden_size); other : the input of the layer whose keys and values are read, (config, x), or for cross
-        attention the encoder's output
+    x : (tokens, hidden_size)
+    positions : (tokens,) or (sections, tokens), 0, 1, … by default
+    other : for a layer that reads another's keys and values (its config, its x), for cross attention the encoder's
+        output
 
     Returns the heads' output after gate and norm, (tokens, heads · value_dim), and its product with the weight of the
     output projection, before its scale and bias.
     """
-    t = _Tensors(config, tensors)
+    t = _Tensors(config, tensors, np.arange(len(x)) if positions is None else np.asarray(positions, np.int64))
     x = np.asarray(x, np.float64)
     heads = _latent_heads(config, t, x) if config.latent else _heads(config, t, x, other)
     heads = heads.reshape(len(x), -1)
@@ -28,10 +30,10 @@ def block(config, tensors, x, other=None):
 
 
 class _Tensors:
-    """A layer's tensors in float64; None for those that are not there or not applied."""
+    """A layer's tensors in float64, None for those that are not there or not applied; and where its tokens are."""
 
-    def __init__(self, config, tensors):
-        self.config, self.tensors = config, tensors
+    def __init__(self, config, tensors, positions):
+        self.config, self.tensors, self.positions = config, tensors, positions
 
     def __call__(self, name):
         full = self.config.prefix + name
@@ -46,42 +48,47 @@ class _Tensors:
         return (y if scale is None else y * scale.item()) + (0 if bias is None else bias)
 
 
-def _qkv(c, t, x):
-    """Projected and clamped q, k, v, each (tokens, heads, elements)."""
-    sizes = [c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim]
+def _query(c, t, x):
+    """Projected and clamped queries, (tokens, heads, elements); a gate may follow in each head."""
+    q = _fused(t, x)[:, : _query_width(c)] if t("attn_qkv.weight") is not None else t.linear("attn_q", x)
+    return _clamped(c, q).reshape(len(x), c.num_attention_heads, -1)
+
+
+def _query_width(c):
+    return c.num_attention_heads * c.head_dim * (2 if c.gate and c.gate.interleaved else 1)
+
+
+def _fused(t, x):
+    biases = [t(f"attn_{name}.bias") for name in "qkv"]
+    return t.linear("attn_qkv", x) + (0 if any(bias is None for bias in biases) else np.concatenate(biases))
+
+
+def _clamped(c, part):
+    return part if c.clamp_qkv is None else np.clip(part, -c.clamp_qkv, c.clamp_qkv)
+
+
+def _keys_and_values(c, t, x):
+    """Keys, normalized and turned, and values: (tokens, kv_heads, elements) each."""
+    x = np.asarray(x, np.float64)
+    keys, values = c.num_key_value_heads * c.head_dim, c.num_key_value_heads * c.value_dim
     if t("attn_qkv.weight") is not None:
-        parts = t.linear("attn_qkv", x)
-        separate = [t(f"attn_{name}.bias") for name in "qkv"]
-        if all(bias is not None for bias in separate):
-            parts = parts + np.concatenate(separate)
-        q, k, v = np.split(parts, np.cumsum(sizes), axis=1)
+        k, v = np.split(_fused(t, x)[:, _query_width(c) :][:, : keys + values], [keys], axis=1)
     else:
-        q, k = t.linear("attn_q", x), t.linear("attn_k", x)
+        k = t.linear("attn_k", x)
         v = k if c.value_from_key else t.linear("attn_v", x)
-    if c.clamp_qkv:
-        q, k, v = (np.clip(part, -c.clamp_qkv, c.clamp_qkv) for part in (q, k, v))
-    q = q.reshape(len(x), c.num_attention_heads, -1)[..., : c.head_dim]  # a gate may follow in each head
-    return q, *(part.reshape(len(x), c.num_key_value_heads, -1) for part in (k, v))
+    k, v = (_clamped(c, part).reshape(len(x), c.num_key_value_heads, -1) for part in (k, v))
+    return _prepared(c, t, k, "k"), v if c.v_norm is None else _norm(v, c.v_norm)
 
 
 def _heads(c, t, x, other):
     """(tokens, heads, value_dim)."""
+    q = _query(c, t, x)[..., : c.head_dim]
     if c.shares_cache_of is not None:
-        q = t.linear("attn_q", x).reshape(len(x), c.num_attention_heads, c.head_dim)
-        owner, there, inputs = other
-        k, v = _keys_and_values(owner, _Tensors(owner, there), inputs)
-    elif c.cross:
-        q = _qkv(c, t, x)[0]
-        k, v = _qkv(c, t, other)[1:]
+        owner, inputs = other
+        k, v = _keys_and_values(owner, _Tensors(owner, t.tensors, t.positions), inputs)
     else:
-        q = _qkv(c, t, x)[0]
-        k, v = _keys_and_values(c, t, x)
+        k, v = _keys_and_values(c, t, other if c.cross else x)
     return _attend(c, t, _prepared(c, t, q, "q"), k, v)
-
-
-def _keys_and_values(c, t, x):
-    _, k, v = _qkv(c, t, np.asarray(x, np.float64))
-    return _prepared(c, t, k, "k"), v if c.v_norm is None else _norm(v, c.v_norm)
 
 
 def _prepared(c, t, heads, name):
@@ -91,17 +98,17 @@ def _prepared(c, t, heads, name):
     if norm and not c.norm_after_rope:
         heads = _norm(heads, norm, *weights)
     if c.rope:
-        heads = rotate(heads, c.rope)
+        heads = rotate(heads, c.rope, t.positions)
     if norm and c.norm_after_rope:
         heads = _norm(heads, norm, *weights)
     if name == "q" and c.temperature:
-        heads = heads * _temperature(c.temperature, len(heads))[:, None, None]
+        heads = heads * _temperature(c.temperature, t.positions)[:, None, None]
     return heads
 
 
-def _temperature(temperature, tokens):
+def _temperature(temperature, positions):
     length, scale, offset = temperature
-    return 1 + scale * np.log(1 + np.floor((np.arange(tokens) + offset) / length))
+    return 1 + scale * np.log(1 + np.floor((positions + offset) / length))
 
 
 def _norm(x, norm, weight=None, bias=None):
@@ -116,12 +123,13 @@ def _norm(x, norm, weight=None, bias=None):
     return (y if weight is None or bias is None else y + bias).reshape(x.shape)
 
 
-def rotate(x, rope):
-    """x (tokens, heads, elements): the first `rope_dims` elements of each head turned by the token's index."""
+def rotate(x, rope, positions):
+    """x (tokens, heads, elements): the first `rope_dims` elements of each head turned by the token's position."""
     half = rope.rope_dims // 2
     a = np.arange(half) if rope.neox else 2 * np.arange(half)
     b = a + (half if rope.neox else 1)
-    cos, sin = (np.asarray(table[: len(x), None], np.float64) for table in rope.table(len(x)))
+    rotation, rows = rope.rotation_at(positions)
+    cos, sin = (np.asarray(table[rows][:, None], np.float64) for table in (rotation.cos, rotation.sin))
     y = x.copy()
     y[..., a], y[..., b] = x[..., a] * cos - x[..., b] * sin, x[..., a] * sin + x[..., b] * cos
     return y
@@ -140,9 +148,7 @@ def _attend(c, t, q, k, v):
     if c.distances:
         table = np.asarray(t.tensors[c.distance_table], np.float64)
         scores = scores + table[_bucket(distance, len(table), c.distances == "two-sided")].transpose(2, 0, 1)
-    bounds = np.array([c.mask.bounds(query, keys) for query in range(tokens)])
-    seen = (np.arange(keys) >= bounds[:, :1]) & (np.arange(keys) < bounds[:, 1:])
-    scores = np.where(seen, scores, -np.inf)
+    scores = np.where(_seen(c, t.positions, tokens, keys), scores, -np.inf)
     if c.sinks:
         sinks = np.broadcast_to(t("attn_sinks.weight")[:, None, None], (heads, tokens, 1))
         scores = np.concatenate([scores, sinks], axis=2)
@@ -151,8 +157,15 @@ def _attend(c, t, q, k, v):
     return np.einsum("hqk,khe->qhe", weights, np.repeat(v, group, axis=1))
 
 
+def _seen(c, positions, tokens, keys):
+    """(tokens, keys) bool: what the mask shows, which goes by positions where these don't begin at 0."""
+    first = positions.ravel()[0]
+    bounds = np.array([c.mask.bounds(first + query, first + keys) for query in range(tokens)]) - first
+    return (np.arange(keys) >= bounds[:, :1]) & (np.arange(keys) < bounds[:, 1:])
+
+
 def _slopes(heads, largest):
-    """ALiBi: powers of 2^(-largest / n) for the largest power of two n that heads hold, odd ones between for the rest."""
+    """ALiBi: powers of 2^(-largest / n), n the largest power of two among the heads, and those between for the rest."""
     power = 2 ** int(np.log2(heads))
     first = 2.0 ** (-largest / power * np.arange(1, power + 1))
     rest = 2.0 ** (-largest / 2 / power * (2 * np.arange(heads - power) + 1))
@@ -174,11 +187,8 @@ def _bucket(distance, buckets, both_sides):
 
 def _gate(c, t, x, columns):
     """(tokens, columns)."""
-    if c.gate.interleaved:
-        both = t.linear("attn_q", x).reshape(len(x), c.num_attention_heads, 2, -1)
-        logits = both[:, :, 1].reshape(len(x), -1)
-    else:
-        logits = t.linear("attn_gate", x)
+    inside = c.gate.interleaved
+    logits = _query(c, t, x)[..., c.head_dim :].reshape(len(x), -1) if inside else t.linear("attn_gate", x)
     logits = np.repeat(logits, columns // logits.shape[1], axis=1)
     sigmoid = 1 / (1 + np.exp(-logits))
     functions = {"sigmoid": sigmoid, "softplus": np.logaddexp(0, logits)}
@@ -208,13 +218,18 @@ def _latent_heads(c, t, x):
         k, v = both[..., :plain], both[..., plain:]
     turning = q[..., plain:]
     if c.rope:
-        turning, shared = rotate(turning, c.rope), rotate(shared, c.rope)
+        turning, shared = (rotate(part, c.rope, t.positions) for part in (turning, shared))
     q = np.concatenate([q[..., :plain], turning], axis=2)
     k = np.concatenate([k, np.repeat(shared, heads, axis=1)], axis=2)
     if c.temperature:
-        q = q * _temperature(c.temperature, len(q))[:, None, None]
+        q = q * _temperature(c.temperature, t.positions)[:, None, None]
     return _attend(c, t, q, k, v)
 
 
 def _rms(x, epsilon, weight):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * weight
+
+
+def file_tensors(model):
+    """The tensors of an open file by name, as float32 arrays."""
+    return {name: np.asarray(model.mapped(name)) for name in model}

@@ -1,5 +1,8 @@
 """What layers and models tell of themselves: captures agree with each other, with float64, and cost nothing unasked."""
 
+import importlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +17,7 @@ from tests import reference, test_latent, tiny_model
 from tests.block_reference import block
 from tests.reference import nmse
 from tests.strategies import normal
-from tests.test_features import HIDDEN, layers, loaded, plain
+from tests.test_features import HIDDEN, Tensors, layers, loaded, plain
 
 EVERYTHING = set(probe.NAMES)
 TEXT = "hello world, hello whole wide world"
@@ -25,11 +28,11 @@ def grouped(attn, values):
     return np.repeat(values, attn.num_attention_heads // values.shape[1], axis=1)
 
 
-def statistics_of(weights, places):
+def statistics_of(weights, places, sinks):
     """The statistics in float64, from the whole matrix: weights (heads, tokens, keys), tokens at these places."""
     weights = weights.astype(np.float64)
-    sink = np.where(weights.any(axis=2), 1 - weights.sum(axis=2), 0)
-    every = np.concatenate([weights, np.where(sink > 1e-6, sink, 0)[..., None]], axis=2)
+    sink = 1 - weights.sum(axis=2) if sinks else np.zeros(weights.shape[:2])
+    every = np.concatenate([weights, np.maximum(sink, 0)[..., None]], axis=2)
     entropy = -(every * np.log(np.where(every > 0, every, 1))).sum(axis=2)
     distance = (weights * np.abs(np.arange(weights.shape[2]) - places[:, None])).sum(axis=2)
     distance /= np.where(weights.any(axis=2), weights.sum(axis=2), 1)
@@ -40,7 +43,7 @@ def check(attn, captured, y, first=0):
     """All that is captured belongs together, for tokens that follow `first` others in the cache."""
     weights, scores, tokens = captured["weights"], captured["scores"], len(y)
     assert weights.shape == scores.shape == (attn.num_attention_heads, tokens, first + tokens)
-    told, want = captured["statistics"], statistics_of(weights, np.arange(first, first + tokens))
+    told, want = captured["statistics"], statistics_of(weights, np.arange(first, first + tokens), attn.config.sinks)
     for name, got, wanted in zip(told._fields, told, want, strict=True):
         assert_allclose(got, wanted, rtol=1e-4, atol=3e-5, err_msg=name)
     sees = np.isfinite(scores).any(axis=2)
@@ -120,14 +123,16 @@ def test_weights_come_out_with_any_cache_type(dtype, hadamard):
 
 
 def test_a_batch_gives_a_list_for_each_sequence():
-    attn, x = loaded(*plain(alibi=8.0)), normal((12, HIDDEN))
+    attn = loaded(*plain(alibi=8.0))
     cache, alone = KVCache(attn.kv_params, 3), [KVCache(attn.kv_params) for _ in range(3)]
     for offsets in ([0, 4, 4, 12], [0, 1, 6, 7]):
-        x = normal((offsets[-1], HIDDEN))
-        y, lse, captured = attn(x, kv_cache=cache, row_offsets=offsets, return_lse=True, capture=EVERYTHING)
+        x, lengths = normal((offsets[-1], HIDDEN)), cache.lengths + np.diff(offsets)
+        mask = normal((len(x), 4, lengths.max()), 1)
+        options = {"mask": mask, "row_offsets": offsets, "return_lse": True, "capture": EVERYTHING}
+        y, lse, captured = attn(x, kv_cache=cache, **options)
         assert lse.shape == (len(x), 4)
         for s, rows in enumerate(map(slice, offsets, offsets[1:])):
-            own_y, own = attn(x[rows], kv_cache=alone[s], capture=EVERYTHING)
+            own_y, own = attn(x[rows], kv_cache=alone[s], mask=mask[rows, :, : lengths[s]], capture=EVERYTHING)
             assert np.array_equal(own_y, y[rows])
             for name in probe.NAMES:
                 assert_allclose(np.asarray(captured[name][s]), np.asarray(own[name]), atol=1e-6, err_msg=name)
@@ -156,14 +161,14 @@ def test_any_function_is_a_mask_here_too():
 
 
 def test_a_window_cache_has_zeros_for_what_it_let_go():
-    attn, x = loaded(*plain(mask=masks.SlidingWindow(4))), normal((200, HIDDEN))
-    cache = qattn.PagedKVCache(attn.kv_params, pages=4, page_size=64, window=4)
+    attn, x = loaded(*plain(mask=masks.SlidingWindow(4))), normal((400, HIDDEN))
+    cache = qattn.PagedKVCache(attn.kv_params, pages=4, page_size=128, window=4)
     want = attn(x)
-    got = [attn(x[n : n + 50], kv_cache=cache, capture=EVERYTHING) for n in range(0, 200, 50)]
+    got = [attn(x[n : n + 100], kv_cache=cache, capture=EVERYTHING) for n in range(0, 400, 100)]
     assert nmse(np.concatenate([y for y, _ in got]), want) < 1e-11
     y, captured = got[-1]
-    check(attn, captured, y, 150)
-    assert len(captured["k"]) == 200 and not captured["k"][:64].any() and captured["k"][146:].all()
+    check(attn, captured, y, 300)
+    assert len(captured["k"]) == 400 and not captured["k"][:256].any() and captured["k"][297:].any(axis=(1, 2)).all()
 
 
 @pytest.mark.parametrize("absorbed", [False, True])
@@ -200,7 +205,7 @@ def test_cross_attention_tells_what_it_looks_at():
 
 def test_nothing_is_taken_along_unasked(monkeypatch):
     attn, x = loaded(*plain()), normal((9, HIDDEN))
-    monkeypatch.setattr("qattn.attention.Probe", None)
+    monkeypatch.setattr(importlib.import_module("qattn.attention"), "Probe", None)
     assert isinstance(attn(x), np.ndarray)
 
 
@@ -222,6 +227,25 @@ def test_an_unknown_name_is_refused_before_anything_happens():
     assert attn(normal((3, HIDDEN)), capture=())[1] == {}
 
 
+def test_a_gpu_tells_the_same(cupy):
+    config, tensors = plain(sinks=True, softcap=3.0, alibi=8.0)
+    tensors["attn_sinks.weight"] = normal(4, 3)
+    x, factors = normal((7, HIDDEN)), [1, 0, 0.5, 1]
+    on_cpu, on_gpu = loaded(config, tensors), loaded(config, tensors, devices=["cuda:0"])
+    on_cpu.head_scale = on_gpu.head_scale = factors
+    for some in (slice(0, 6), slice(6, 7)):
+        _, want = on_cpu(x[some], capture=EVERYTHING)
+        y, captured = on_gpu(cupy.asarray(x[some]), capture=EVERYTHING)
+        assert isinstance(y, cupy.ndarray)
+        for name in probe.NAMES:
+            parts = captured[name] if name == "statistics" else [captured[name]]
+            assert all(isinstance(part, cupy.ndarray) for part in parts), name
+            got = np.stack([cupy.asnumpy(part) for part in parts])
+            assert_allclose(
+                got, np.stack(want[name] if name == "statistics" else [want[name]]), atol=2e-4, err_msg=name
+            )
+
+
 # Scaling heads
 
 
@@ -233,10 +257,8 @@ def test_an_unknown_name_is_refused_before_anything_happens():
 def test_heads_are_scaled_before_the_output_projection(factors, features):
     config, tensors = plain(**features)
     tensors["attn_gate.weight"], tensors["attn_sub_norm.weight"] = normal((32, HIDDEN), 6) / 4, normal(32, 7)
-    attn, x = (
-        loaded(config, {name: value for name, value in tensors.items() if takes(config, name)}),
-        normal((9, HIDDEN)),
-    )
+    needed = Tensors({name: value for name, value in tensors.items() if takes(config, name)})
+    attn, x = loaded(config, needed), normal((9, HIDDEN))
     y, captured = attn(x, capture={"heads"})
     attn.head_scale = factors
     attn.reset()
@@ -380,6 +402,21 @@ def test_costs_are_those_of_the_whole_matrices(tiny, model, tmp_path):
             assert 1e-4 < cost.nmse < 0.1 and (cost.kl > 1e-6).all()
         exact = list(introspect.costs(model, same, tokens))
         assert all(cost.nmse == 0 and not cost.kl.any() for cost in exact)
+
+
+def test_costs_know_layers_that_share_a_cache(monkeypatch):
+    others = [loaded(*plain()), loaded(*plain(shares_cache_of=0))]
+    ours = [loaded(*plain()), loaded(*plain(shares_cache_of=0))]
+    inputs = [normal((9, HIDDEN), n) for n in range(2)]
+    decoder = SimpleNamespace(
+        layers=[SimpleNamespace(attention=attn) for attn in ours],
+        capture=lambda *_: {n: {"input": x} for n, x in enumerate(inputs)},
+    )
+    others[1].head_scale = [1, 1, 0, 1]
+    from_gguf = SimpleNamespace(from_gguf=lambda file, layer, **_: others[layer])
+    monkeypatch.setattr(introspect, "GGUFQAttentionWithRope", from_gguf)
+    first, second = introspect.costs(decoder, None, None)
+    assert first.nmse == 0 and second.nmse > 0.01 and not second.kl.any()
 
 
 def test_files_that_can_not_be_compared_say_why(tiny, tmp_path):

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qattn
-from qattn import CacheError, GGUFError, GGUFQAttentionWithRope, RotaryEmbedding
+from qattn import CacheError, GGUFError, GGUFQAttentionWithRope
 from qattn.cpu import feed_forward
 from qattn.models import Decoder, Model, ModelConfig, Sampler, TemplateError
 from qattn.models.perplexity import perplexity
-from tests import reference, tiny_model
+from tests import reference_decoder, tiny_model
 from tests.reference import nmse
 
 
@@ -27,50 +27,7 @@ def decoder(tiny):
     return Decoder.from_gguf(tiny, precision="exact")
 
 
-def reference_logits(path, tokens):
-    """The tiny model in float64 NumPy."""
-    with qattn.open(path) as model:
-        w = {name: np.asarray(model[name], np.float64) for name in model}
-
-    def norm(x, weight):
-        return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + np.float32(1e-5)) * weight
-
-    heads, kv_heads, dim = tiny_model.HEADS, tiny_model.KV_HEADS, tiny_model.HIDDEN // tiny_model.HEADS
-    x = w["token_embd.weight"][tokens]
-    for n in range(tiny_model.LAYERS):
-        b = {name.split(".", 2)[2]: value for name, value in w.items() if name.startswith(f"blk.{n}.")}
-        wqkv = np.concatenate([b["attn_q.weight"], b["attn_k.weight"], b["attn_v.weight"]])
-        h = norm(x, b["attn_norm.weight"])
-        x = x + reference.layer(h, wqkv, b["attn_output.weight"], RotaryEmbedding(dim), heads, kv_heads, dim)
-        h = norm(x, b["ffn_norm.weight"])
-        gate = h @ b["ffn_gate.weight"].T + b.get("ffn_gate.bias", 0)
-        up = h @ b["ffn_up.weight"].T + b.get("ffn_up.bias", 0)
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ b["ffn_down.weight"].T + b.get("ffn_down.bias", 0)
-    return norm(x, w["output_norm.weight"]) @ w.get("output.weight", w["token_embd.weight"]).T
-
-
 # The decoder
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("biases", [True, False])
-@pytest.mark.parametrize(("precision", "limit"), [("exact", 1e-11), ("int8", 2e-3)])
-def test_logits_agree_with_float64(tmp_path, tied, biases, precision, limit):
-    path = tiny_model.write(tmp_path / "m.gguf", tiny_model.weights(tied=tied, biases=biases))
-    tokens = np.random.default_rng(1).integers(0, 256, 40)
-    assert nmse(Decoder.from_gguf(path, precision=precision).forward(tokens), reference_logits(path, tokens)) < limit
-
-
-@settings(max_examples=20)
-@given(cuts=st.lists(st.integers(1, 39), max_size=4, unique=True))
-def test_tokens_in_pieces_give_the_logits_of_all_at_once(decoder, cuts):
-    tokens = np.random.default_rng(2).integers(0, 256, 40)
-    decoder.reset()
-    whole = decoder.forward(tokens)
-    decoder.reset()
-    pieces = [decoder.forward(piece) for piece in np.split(tokens, sorted(cuts))]
-    assert np.array_equal(np.concatenate(pieces), whole)
-    assert len(decoder) == 40
 
 
 def test_more_tokens_than_are_computed_at_once_give_the_same_logits(tmp_path):
@@ -113,7 +70,7 @@ def test_an_interrupted_forward_leaves_the_caches_as_they_were(tiny, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(feed_forward, "swiglu", interrupted)  # the first layer's cache has the token by then
+        patch.setattr(feed_forward, "gated", interrupted)  # the first layer's cache has the token by then
         with pytest.raises(KeyboardInterrupt):
             decoder.forward([9])
     assert {len(layer.attention.kv_cache) for layer in decoder.layers} == {2}
@@ -313,7 +270,7 @@ def test_perplexity_is_that_of_the_logits(tiny):
     losses = []
     for first in range(0, len(tokens), 20):
         piece = tokens[first : first + 20]
-        logits = reference_logits(tiny, piece)
+        logits = reference_decoder.logits(tiny, piece)
         log_sums = np.log(np.exp(logits).sum(axis=1))
         losses += [log_sums[i] - logits[i, piece[i + 1]] for i in range(len(piece) - 1)]
     assert result.value == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)

@@ -47,8 +47,8 @@ class Latent(NamedTuple):
 
     The first `rank` numbers of that vector are normalized; the others, `rope_dims`, are a key that all heads share and
     the only part of a key that turns: the last elements of a head.  Where the weights are split (``attn_k_b`` and
-    ``attn_v_b``), the vector itself is cached, and there is one KV head; where they are not (``attn_kv_b``), each head's
-    key and value are.  `AttentionConfig.head_dim` and `value_dim` are those of what is cached.
+    ``attn_v_b``), the vector itself is cached, and there is one KV head; where they are not (``attn_kv_b``), each
+    head's key and value are.  `AttentionConfig.head_dim` and `value_dim` are those of what is cached.
     """
 
     rank: int

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import numpy as np
-
 from qattn.architectures import _rope
 from qattn.architectures._config import AttentionConfig, Gate, Norm
 from qattn.architectures._metadata import Metadata
@@ -32,6 +30,7 @@ class Layer:
 
     def __init__(self, metadata: Metadata, index: int, prefix: str) -> None:
         self.m, self.index, self.prefix = metadata, index, prefix
+        self._first_windowed = False
 
     # Sizes
 
@@ -52,12 +51,15 @@ class Layer:
         """Layers of the model, but not those at the end that predict further tokens."""
         return self.m.integer("block_count") - self.m.integer("nextn_predict_layers", 0)
 
-    def head_dims(self, window: bool = False) -> tuple[int, int]:
-        """Elements of a head's key and of its value; those of layers with a window may differ."""
+    def head_dims(self, window: bool | None = None) -> tuple[int, int]:
+        """Elements of a head's key and of its value.
+
+        Those of layers with a `window` may differ; few architectures heed that, in others all are like the first layer.
+        """
         first = self.m.integer("attention.head_count", self.heads, least=0)  # the first layer's, as llama.cpp has it
         even = self.hidden // first or None
         key, value = self.m.integer("attention.key_length", even), self.m.integer("attention.value_length", even)
-        if window:
+        if self._first_windowed if window is None else window:
             key = self.m.integer("attention.key_length_swa", key)
             value = self.m.integer("attention.value_length_swa", value)
         return key, value
@@ -79,15 +81,21 @@ class Layer:
         say nothing, it has to.
         """
         name = "attention.sliding_window_pattern"
-        pattern = self.m.array(name)
-        if pattern is not None:
-            return bool(self.m.integer(name, layer=self.index, least=0))
-        if period is None:
-            raise GGUFError(f"metadata {self.m.key(name)} is not a list; expected an entry for each layer")
-        period = self.m.integer(name, least=0) if self.m.get(name) is not None else period
-        if self.index >= self.layers:
-            return False
-        return period == 0 or (self.index % period != 0 if dense_first else self.index % period < period - 1)
+        listed = self.m.array(name) is not None
+        if not listed and self.m.get(name) is not None:
+            period = self.m.integer(name, least=0)
+        if not listed and period is None:
+            raise GGUFError(f"metadata {self.m.key(name)} is missing")
+
+        def of(index: int) -> bool:
+            if listed:
+                return bool(self.m.integer(name, layer=index, least=0))
+            if not period or index >= self.layers:
+                return index < self.layers
+            return index % period != 0 if dense_first else index % period < period - 1
+
+        self._first_windowed = of(0)
+        return of(self.index)
 
     def mask(self, window: int = 0, *, causal: bool | None = None) -> Mask:
         """The mask of a layer that sees everything, or a window."""
@@ -129,9 +137,10 @@ class Layer:
         """The base of layers with a window: that of the others if there is no default."""
         return self.m.number("rope.freq_base_swa", default or self.freq_base)
 
-    def rope_dims(self, window: bool = False) -> int:
-        """Elements of a head that turn."""
-        dims = self.m.integer("rope.dimension_count", self.head_dims()[0])
+    def rope_dims(self, window: bool | None = None) -> int:
+        """Elements of a head that turn; as with `head_dims`."""
+        dims = self.m.integer("rope.dimension_count", self.head_dims(window=False)[0])
+        window = self._first_windowed if window is None else window
         return self.m.integer("rope.dimension_count_swa", dims) if window else dims
 
     def rope(self, pairing: _rope.Pairing, **given: Any) -> RotaryEmbedding:
@@ -145,11 +154,8 @@ class Layer:
 
     # The whole
 
-    def attention(self, *, window: bool = False, **given: Any) -> AttentionConfig:
-        """A description: fields that are not given are what most architectures have.
-
-        With `window`, heads are of the size of layers that have one.
-        """
+    def attention(self, *, window: bool | None = None, **given: Any) -> AttentionConfig:
+        """A description: fields that are not given are what most architectures have; `window` as in `head_dims`."""
         key, value = self.head_dims(window)
         fields: dict[str, Any] = {
             "hidden_size": self.hidden,
@@ -180,12 +186,8 @@ class Layer:
         """Whether the file says that this layer has no KV heads: that marks recurrent layers."""
         return self.m.integer("attention.head_count_kv", layer=self.index, least=0) == 0
 
-    def tensor(self, name: str) -> np.ndarray[Any, Any]:
-        """The values of a tensor that belongs to no layer."""
-        return np.asarray(self.m.model.mapped(name), np.float32)
-
     def sees_all_it_selects(self, keys: int) -> None:
         """Refuse a layer that selects the keys it sees, unless these are all that a context has."""
-        context = self.m.integer("context_length")
+        context = min(self.m.integer("context_length"), self.m.context)
         if keys < context:
             raise self.refuse(f"selects {keys} of up to {context} keys by an indexer")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from qattn.architectures._config import AttentionConfig as AttentionConfig
+from qattn.architectures._config import AttentionConfig
 from qattn.architectures._layer import Layer, NoAttention
 from qattn.architectures._metadata import Metadata as Metadata
 from qattn.gguf_file import GGUFFile
@@ -114,21 +114,17 @@ _PREFIXES = {None: "blk.{}.", "encoder": "enc.blk.{}.", "decoder": "dec.blk.{}."
 
 
 def attention_layers(model: GGUFFile) -> list[int]:
-    """The layers that have attention: in hybrid models not all do.  Told by their tensors."""
-    names_there = (re.match(r"(?:enc\.|dec\.)?blk\.(\d+)\.attn_(?!norm)", name) for name in model)
-    layers = sorted({int(match[1]) for match in names_there if match})
-    metadata = Metadata(model)
-    if metadata.architecture not in names():
-        return layers
-    return [layer for layer in layers if _has_attention(metadata, layer)]
+    """The layers that have attention, by their tensors and their descriptions: in hybrid models not all do."""
+    named = (re.match(r"(?:enc\.|dec\.)?blk\.(\d+)\.attn_(?!norm)", name) for name in model)
+    return [layer for layer in sorted({int(match[1]) for match in named if match}) if _has_attention(model, layer)]
 
 
-def _has_attention(metadata: Metadata, layer: int) -> bool:
+def _has_attention(model: GGUFFile, layer: int) -> bool:
     try:
-        _describe(metadata, layer, None)
+        describe(model, layer)
     except NoAttention:
         return False
-    except (ValueError, NotImplementedError):  # which a description of this layer would raise, too
+    except (ValueError, NotImplementedError):  # there is some, for all that is known
         return True
     return True
 

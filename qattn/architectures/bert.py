@@ -38,6 +38,4 @@ def modern_bert(a: Layer) -> AttentionConfig:
     """ModernBERT: two of three layers have a window to both sides, with positions of their own."""
     window = a.window(0)
     windowed = bool(window) and a.windowed(3, dense_first=True)
-    return a.attention(
-        window=windowed, mask=SymmetricWindow(window) if windowed else Null(), **window_rope(a, windowed)
-    )
+    return a.attention(mask=SymmetricWindow(window) if windowed else Null(), **window_rope(a, windowed))

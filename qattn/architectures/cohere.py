@@ -28,7 +28,6 @@ def cohere2moe(a: Layer) -> AttentionConfig:
 
 def _windows(a: Layer, windowed: bool, *, rotates: bool) -> AttentionConfig:
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window() if windowed else 0),
         rope=a.rope("interleaved") if windowed or rotates else None,
     )

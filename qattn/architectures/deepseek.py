@@ -162,8 +162,8 @@ def _split_only(a: Layer) -> None:
 def glm5_next(a: Layer) -> AttentionConfig:
     """GLM 5's successor: layers without KV heads are recurrent; in the others an indexer selects pools of keys."""
     a.not_recurrent(a.without_kv_heads())
-    if not a.m.get("attention.indexer.kpool_select_tail", True):
-        raise a.refuse("does not select its last keys by an indexer")
+    if not a.causal or not a.m.get("attention.indexer.kpool_select_tail", True):
+        raise a.refuse("does not select all keys by its indexer")
     a.sees_all_it_selects(a.m.integer("attention.indexer.top_k"))
     unused = frozenset({"attn_output.scale"})
     return _latent(

@@ -8,7 +8,7 @@ from qattn.architectures._config import AttentionConfig
 from qattn.architectures._layer import Layer
 from qattn.architectures._registry import refuse, register
 from qattn.errors import GGUFError
-from qattn.masks import Null, SymmetricWindow
+from qattn.masks import Causal, Null, SymmetricWindow
 
 
 @register("gemma")
@@ -27,7 +27,6 @@ def gemma2(a: Layer) -> AttentionConfig:
     """Gemma 2: every other layer has a window; scores are capped."""
     windowed = a.windowed(2)
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window(4096) if windowed else 0),
         rope=a.rope("neox", base=a.freq_base_swa() if windowed else None),
         scale=_query_scale(a, 46),
@@ -48,7 +47,6 @@ def gemma3(a: Layer) -> AttentionConfig:
     window = a.window(0)
     windowed = bool(window) and a.windowed(6)
     return a.attention(
-        window=windowed,
         mask=a.mask(window if windowed else 0),
         **window_rope(a, windowed),
         **a.qk_norms(),
@@ -61,7 +59,6 @@ def gemma_embedding(a: Layer) -> AttentionConfig:
     """EmbeddingGemma, an encoder: windows to both sides."""
     windowed = a.windowed(6)
     return a.attention(
-        window=windowed,
         mask=SymmetricWindow(a.window()) if windowed else Null(),
         **window_rope(a, windowed),
         **a.qk_norms(),
@@ -83,14 +80,15 @@ def gemma3n(a: Layer) -> AttentionConfig:
     windowed = a.windowed(5)
     shared = _shared(a, 20, windowed)
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window() if windowed else 0),
         **window_rope(a, windowed),
         **a.qk_norms(),
         v_norm=a.norm(weighted=False),
         scale=1.0,
         shares_cache_of=shared,
-        unused=frozenset() if shared is None else frozenset({"attn_q.bias", "attn_q.scale"}),
+        unused=frozenset()
+        if shared is None
+        else frozenset({f"attn_{name}.{kind}" for name in ("q", "qkv") for kind in ("bias", "scale")}),
     )
 
 
@@ -102,7 +100,7 @@ def gemma4(a: Layer) -> AttentionConfig:
     fused = a.has("attn_qkv.weight")
     return a.attention(
         window=windowed,
-        mask=a.mask(a.window() if windowed else 0),
+        mask=a.mask(a.window()) if windowed else Causal(),  # whatever ``attention.causal`` says
         **window_rope(a, windowed, dims=a.rope_dims(windowed), factors="" if windowed else "freqs"),
         **a.qk_norms(),
         v_norm=a.norm(weighted=False),

@@ -68,4 +68,4 @@ def pockettts(a: Layer) -> AttentionConfig:
     return a.attention(rope=a.rope("interleaved"))
 
 
-refuse("no file of it is known to hold attention as others do", "gptj")
+refuse("how its files name their tensors is not known", "gptj")

@@ -39,7 +39,6 @@ def granite_swa(a: Layer) -> AttentionConfig:
     pattern = a.m.array("attention.rope_pattern")
     rotates = pattern is None or bool(a.m.integer("attention.rope_pattern", layer=a.index, least=0))
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window() if windowed else 0),
         rope=a.rope("interleaved", factors="either") if rotates else None,
         scale=a.attention_scale(),

@@ -35,7 +35,7 @@ def lfm2(a: Layer) -> AttentionConfig:
     """Liquid's LFM 2: layers without KV heads are convolutions; the others may have a window."""
     a.not_recurrent(a.without_kv_heads())
     window = a.window(0) if a.m.architecture == "lfm2" else 0
-    return a.attention(window=bool(window), mask=a.mask(window), rope=a.rope("neox"), **a.qk_norms())
+    return a.attention(mask=a.mask(window), rope=a.rope("neox", dims=a.rope_dims(bool(window))), **a.qk_norms())
 
 
 refuse("it is recurrent and has no attention", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7")

@@ -6,7 +6,7 @@ from qattn.architectures import _rope
 from qattn.architectures._config import AttentionConfig, Norm, Temperature
 from qattn.architectures._layer import Layer, NoAttention
 from qattn.architectures._registry import register
-from qattn.masks import Causal, Chunked
+from qattn.masks import Chunked
 
 
 @register("llama", "llama-embed", "minicpm")
@@ -63,13 +63,14 @@ def llama4(a: Layer) -> AttentionConfig:
     """Llama 4: chunks; each fourth layer sees everything, does not rotate, and has a temperature."""
     chunked = a.m.get("attention.sliding_window") != 0
     windowed = chunked and a.windowed(4)
+    if windowed and not a.causal:
+        raise a.refuse("sees later keys in chunks")
     rotates = not chunked or (a.index + 1) % 4 != 0
     normed = rotates and a.m.integer("expert_count", 0) != 128
     norm = a.norm("rms", weighted=False) if normed else None
     base = a.freq_base_swa() if windowed else None
     return a.attention(
-        window=windowed,
-        mask=Chunked(8192) if windowed else Causal(),
+        mask=Chunked(8192) if windowed else a.mask(),
         rope=a.rope("interleaved", factors="freqs", base=base) if rotates else None,
         q_norm=norm,
         k_norm=norm,

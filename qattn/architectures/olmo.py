@@ -20,7 +20,7 @@ def olmo2(a: Layer) -> AttentionConfig:
     window = a.window(0)
     windowed = bool(window) and a.windowed(4)
     rope = a.unscaled_rope("neox") if windowed else a.rope("neox")
-    return a.attention(window=windowed, mask=a.mask(window if windowed else 0), rope=rope, **a.qk_norms())
+    return a.attention(mask=a.mask(window if windowed else 0), rope=rope, **a.qk_norms())
 
 
 @register("mellum")

@@ -29,7 +29,6 @@ def plamo3(a: Layer) -> AttentionConfig:
     window = a.window(0)
     windowed = bool(window) and a.windowed(8)
     return a.attention(
-        window=windowed,
         mask=a.mask(window if windowed else 0),
         **window_rope(a, windowed),
         **a.qk_norms(),

@@ -34,9 +34,7 @@ def rnd1(a: Layer) -> AttentionConfig:
 @register("llada")
 def llada(a: Layer) -> AttentionConfig:
     """LLaDA, a diffusion model: Llama that sees everything."""
-    return a.attention(
-        rope=a.rope("interleaved"), mask=a.mask(causal=False), unused=frozenset({"attn_output.bias"})
-    )
+    return a.attention(rope=a.rope("interleaved"), mask=a.mask(causal=False), unused=frozenset({"attn_output.bias"}))
 
 
 @register("qwen2vl", "paddleocr")

@@ -14,7 +14,6 @@ def gpt_oss(a: Layer) -> AttentionConfig:
     """OpenAI's gpt-oss: sinks; every other layer has a window."""
     windowed = a.windowed(2)
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window() if windowed else 0),
         rope=a.rope("neox", base=a.freq_base_swa() if windowed else None),
         sinks=True,
@@ -33,7 +32,6 @@ def exaone4(a: Layer) -> AttentionConfig:
     windowed = a.layers == 64 and a.windowed(4)
     rotates = windowed or a.layers != 64
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window(4096) if windowed else 0),
         rope=a.rope("neox", factors="freqs") if rotates else None,
         **a.qk_norms(),
@@ -45,7 +43,6 @@ def exaone_moe(a: Layer) -> AttentionConfig:
     """EXAONE with experts: three of four layers have a window, the others do not rotate."""
     windowed = a.windowed(4)
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window(128) if windowed else 0),
         rope=a.rope("neox", factors="freqs") if windowed else None,
         **a.qk_norms(),
@@ -59,9 +56,7 @@ def smallthinker(a: Layer) -> AttentionConfig:
     windowed = any_window and a.windowed(4, dense_first=True)
     rotates = not any_window or a.index % 4 != 0
     base = a.freq_base_swa() if windowed else None
-    return a.attention(
-        window=windowed, mask=a.mask(4096 if windowed else 0), rope=a.rope("neox", base=base) if rotates else None
-    )
+    return a.attention(mask=a.mask(4096 if windowed else 0), rope=a.rope("neox", base=base) if rotates else None)
 
 
 @register("afmoe")
@@ -71,7 +66,6 @@ def afmoe(a: Layer) -> AttentionConfig:
     windowed = bool(window) and a.windowed(4)
     base = a.freq_base_swa() if windowed else None
     return a.attention(
-        window=windowed,
         mask=a.mask(window if windowed else 0),
         rope=a.rope("neox", base=base) if (a.index + 1) % 4 else None,
         **a.qk_norms(),
@@ -84,7 +78,6 @@ def muse_glimmer(a: Layer) -> AttentionConfig:
     """Muse Glimmer: layers that see everything do not rotate; a gate for each element."""
     windowed = a.windowed(4)
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window() if windowed else 0),
         rope=a.rope("interleaved", base=a.freq_base_swa(), factor=1.0) if windowed else None,
         **a.qk_norms(),
@@ -100,9 +93,7 @@ def laguna(a: Layer) -> AttentionConfig:
     rope = (
         a.unscaled_rope("neox", base=a.freq_base_swa(), dims=a.rope_dims(window=True)) if windowed else a.rope("neox")
     )
-    return a.attention(
-        window=windowed, mask=a.mask(window if windowed else 0), rope=rope, **a.qk_norms(), **a.gate("softplus")
-    )
+    return a.attention(mask=a.mask(window if windowed else 0), rope=rope, **a.qk_norms(), **a.gate("softplus"))
 
 
 @register("spark2_5")
@@ -111,7 +102,6 @@ def spark(a: Layer) -> AttentionConfig:
     windowed = a.windowed()
     base = a.freq_base_swa() if windowed else None
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window() if windowed else 0),
         rope=a.rope("neox", base=base, dims=a.rope_dims(windowed)),
         **a.gate("sigmoid"),
@@ -124,7 +114,6 @@ def maple(a: Layer) -> AttentionConfig:
     windowed = a.windowed()
     dims = a.rope_dims(windowed)
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window() if windowed else 0),
         rope=a.rope("neox", base=a.freq_base_swa(), dims=dims) if windowed else None,
         **a.qk_norms(),
@@ -135,9 +124,12 @@ def maple(a: Layer) -> AttentionConfig:
 def step35(a: Layer) -> AttentionConfig:
     """Step 3.5: a gate for each head; layers that see everything turn half as many elements."""
     windowed = a.windowed()
-    given = {"dims": a.rope_dims(window=True)} if windowed else {"dims": a.rope_dims() // 2, "factors": "either"}
+    given = (
+        {"dims": a.rope_dims(window=True)}
+        if windowed
+        else {"dims": a.rope_dims(window=False) // 2, "factors": "either"}
+    )
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window() if windowed else 0),
         **window_rope(a, windowed, **given),
         **a.qk_norms(optional=True),
@@ -150,7 +142,6 @@ def mimo2(a: Layer) -> AttentionConfig:
     """Xiaomi's MiMo-V2: sinks in some layers, and a factor of the output.  Projections have no bias and no scale."""
     windowed = a.windowed()
     return a.attention(
-        window=windowed,
         mask=a.mask(a.window() if windowed else 0),
         **window_rope(a, windowed),
         sinks=a.has("attn_sinks.weight"),

@@ -143,11 +143,16 @@ def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
     feed_forward.rms_norm(x, weight, epsilon, out)
 
 
-def swiglu(gate_up: Array, out: Array) -> None:
-    """out = silu(gate) · up, where gate is the first half of each row and up the second."""
-    feed_forward.swiglu(gate_up, out)
+def gated(gate_up: Array, out: Array, activation: str) -> None:
+    """out = activation(gate) · up, where gate is the first half of each row and up the second: see `qattn.cuda`."""
+    feed_forward.gated(gate_up, out, activation)
 
 
 def add(x: Array, y: Array) -> None:
     """x += y."""
     feed_forward.add(x, y)
+
+
+def softcap(x: Array, limit: float) -> None:
+    """x = limit · tanh(x / limit): (tokens, n)."""
+    feed_forward.softcap(x, limit)

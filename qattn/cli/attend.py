@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     if args.layer is None and (args.head is not None or args.out):
         raise ValueError(f"{'--out' if args.head is None else '--head'} is for one layer; say which with --layer")
     _common.check_target(args.out, args.force)
+    if args.file is None and args.text.endswith(".gguf"):
+        raise ValueError(f"there is no text for {args.text}; say FILE and TEXT, one behind the other")
     text = _common.text_or_file(args.text)
     if not text:
         raise ValueError("the text is empty; heads need something to attend to")

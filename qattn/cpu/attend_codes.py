@@ -117,16 +117,13 @@ def load_query(e, q, panel, scale, cells, stride):  # type: ignore[no-untyped-de
 def scores_kernel(storage: Storage, rows: int) -> Any:
     """`rows` query rows, rounded, times one tile of keys → scores, a row every KEY_BLOCK floats."""
     type_, size = storage.type, cell_bytes(storage.type)
+    lines = size // 64
     signed = (255 if type_.table else (1 << type_.bits) - 1) > MAX_CODE
 
     @micro_kernel
     def run(e, q, keys, values, scores, cells):  # type: ignore[no-untyped-def]
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(cells) as k:
-            if rows < TARGET.rows:  # memory binds
-                for line in range(0, size + SCALES, 64):
-                    e.prefetch(keys.at(k * (size + SCALES)).at(line + AHEAD))
-                    e.prefetch(values.at(k * (size + SCALES)).at(line))
             at, cell = q.at(k * (4 * QUERY_WORDS * rows)), _Cell(e, type_, keys.at(k * size))
 
             def word(w: int, m: int, at: Pointer = at) -> Pointer:
@@ -136,6 +133,10 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
             if cell.bias and not signed:
                 integers = [(word(9, m).load(e.I32) * -cell.bias).splat(e.I32V) for m in range(rows)]
             for quad in range(8):
+                if rows < TARGET.rows and quad % (8 // lines) == 0:
+                    line = 64 * (quad // (8 // lines))
+                    e.prefetch(keys.at(k * (size + SCALES)).at(line + AHEAD))
+                    e.prefetch(values.at(k * (size + SCALES)).at(line))
                 code = cell.levels(quad) if signed else cell.biased(quad)
                 for m in range(rows):
                     part = word(quad, m).load(e.I32).splat(e.I32V)

@@ -71,8 +71,8 @@ def keys(storage: Storage) -> Keys:
         size, steps = block_size(rows - block), steps_of(head_dim)
         panel = s.panel[block * row_words(head_dim) + row - block :]
         if rounds:
-            s.query[:head_dim] = q
-            s.query[head_dim : steps * BLOCK] = 0
+            for d in range(steps * BLOCK):
+                s.query[d] = q[d] if d < head_dim else np.float32(0)
             attend_codes.load_query((s.query, panel, scale, steps, 4 * size))
         else:
             load_floats((q, panel, scale, head_dim, steps * BLOCK if in_blocks else steps, 4 * size))

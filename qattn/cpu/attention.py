@@ -132,7 +132,7 @@ def _plan(row_offsets, lengths, kv_heads, group):  # type: ignore[no-untyped-def
 
 def _method(mask: Any, name: str, key: str) -> Callable[..., Any]:
     """A mask's method for kernels, called with the mask first; the method itself may be a static one."""
-    function = generated(key)(getattr(mask, name))
+    function = generated(key, _nrt=True)(getattr(mask, name))
     if not isinstance(inspect.getattr_static(mask, name), staticmethod):
         return function  # type: ignore[no-any-return]
 
@@ -255,7 +255,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
                 load(q[token + row // group, head * group + row % group], s, row, rows, logits.scale * _LOG2E)
         return low, high
 
-    @generated(name)
+    @generated(name, _nrt=False)  # what it calls inherits this
     def run(job, q, cache, position, length, logits, mask, group, s):  # type: ignore[no-untyped-def]
         head, token, rows, page_keys = job[1], job[2], job[3] * group, cache.keys.shape[2] * LANES
         weights = s.weights.view(np.uint16) if half_weights else s.weights

@@ -44,8 +44,8 @@ class Variant(NamedTuple):
     @classmethod
     def of(cls, mask: Any, logits: Logits, pages: Array) -> Variant:
         """What a mask, `Logits` and a page table ask for."""
-        arrays = (logits.slopes, logits.sinks, logits.bias, logits.distances)
-        return cls(type(mask), bool(logits.cap), *(array is not None for array in arrays), paged=pages.shape[1] > 1)
+        slopes, sinks, bias, distances = (array is not None for array in logits[2:])
+        return cls(type(mask), bool(logits.cap), slopes, sinks, bias, distances, pages.shape[1] > 1)
 
     @property
     def sees(self) -> bool:
@@ -55,7 +55,9 @@ class Variant(NamedTuple):
     @property
     def key(self) -> str:
         """A name for its kernels."""
-        return "_".join([mask_key(self.mask), *(name for name, on in zip(self._fields[1:], self[1:]) if on)])
+        return "_".join(
+            [mask_key(self.mask), *(name for name, on in zip(self._fields[1:], self[1:], strict=True) if on)]
+        )
 
 
 class Given(NamedTuple):
@@ -216,9 +218,8 @@ def scores_of(variant: Variant, precise: bool = False) -> tuple[Callable[..., An
     def sink_of(given, row, counts):  # type: ignore[no-untyped-def]
         """The sink of the row's head where it counts; elsewhere `HIDDEN`, which is none."""
         sink = float32(HIDDEN)
-        if with_sinks:
-            if counts:
-                sink = max(float32(given.sinks[row.head] * float32(LOG2E)), sink)
+        if with_sinks and counts:
+            sink = max(float32(given.sinks[row.head] * float32(LOG2E)), sink)
         return sink
 
     return row_of, change, sink_of
@@ -233,11 +234,10 @@ def _tanh(precise: bool) -> Callable[..., Any]:
         size = min(abs(x), float32(10))  # tanh(10) is 1
         power = ptx.exp2(float32(size * float32(2 * LOG2E)))
         y = float32(float32(1) - float32(2) / float32(power + float32(1)))
-        if precise:
-            if size < float32(0.6):  # where 1 - … cancels: a polynomial, to 9e-8
-                x2 = float32(size * size)
-                tail = float32(-0.33332564) + x2 * (0.13312598 + x2 * (-0.0521884 + x2 * 0.0155801))
-                y = float32(size + size * x2 * tail)
+        if precise and size < float32(0.6):  # where 1 - … cancels: a polynomial, to 9e-8
+            x2 = float32(size * size)
+            tail = float32(0.13312598) + x2 * float32(float32(-0.0521884) + x2 * float32(0.0155801))
+            y = float32(size + size * x2 * float32(float32(-0.33332564) + x2 * tail))
         return y if x > float32(0) else float32(-y)
 
     return tanh  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ In NumPy, for one query row q (head_dim,) that sees keys k (n, head_dim) and val
     out = weight @ v / weight.sum()
     lse = log(weight.sum()) + score.max()
 
-No kernel ever holds all scores of a row.  It walks the keys in steps and keeps a running maximum, a running sum, and a
+and before the softmax, what `qattn.logits` says.  No kernel ever holds all scores of a row.  It walks the keys in steps and keeps a running maximum, a running sum, and a
 sum of weighted values, and shrinks the last two when the maximum grows (online softmax; Milakov and Gimelshein, 2018).
 Scores are kept in units of log 2, since exp2 is an instruction and exp is not: log2(e) is a part of the scale.
 
@@ -16,6 +16,10 @@ the heads of its group, and a tile of rows reads K and V once for all of them.  
 key and an end, from the mask.  Steps that no row sees are skipped; where a step is partly seen, the hidden scores
 weigh 0.  Stale numbers behind a sequence's end are read and weigh 0, too: they only have to be finite.
 
+*Options.*  What may become of scores, masks that hide single keys, and pages are no branches: each combination has
+kernels of its own, see `qattn.cuda.attend_variant`.  A sink is where a row's maximum and sum start, in the first part
+of its keys alone.  A step's keys lie in one page, since pages come in 64s of tokens.
+
 *Three kernels*, between which `path` and `Plan` choose:
 
 `attend_decode`
@@ -23,7 +27,7 @@ weigh 0.  Stale numbers behind a sequence's end are read and weigh 0, too: they 
     are cut into parts, for otherwise a GPU would be mostly idle: a block each.  A part's result is normalized, and
     `merge` weighs the parts by their log-sum-exp (eq. 4 there), in order, so that the bits are the same each time.
 `attend_prefill`
-    Many new tokens: arithmetic takes the time.  A tile has 128 rows (64 with long heads), K and V come to shared memory
+    Many new tokens: arithmetic takes the time.  A tile has 128 rows, or 64, K and V come to shared memory
     while the step before is worked on, and products run on tensor cores (flash attention; Dao, 2023).
 `attend_exact`
     Everything in float32, for float32 caches, heads that the others don't take, and where float32 is asked for.

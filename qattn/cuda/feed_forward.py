@@ -1,10 +1,11 @@
-"""What a decoder does between its products: the norm before each, and the gate of its feed-forward network.
+"""What a decoder does between its products: norms, the gate of its feed-forward network, and what ends its logits.
 
 Rows are read 16 bytes at a time if they begin at multiples of 16, else 4.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,13 +13,15 @@ import numpy as np
 from numba import cuda, types
 
 from qattn.cuda import ptx
-from qattn.cuda.kernel import device, kernel
+from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.values import store_four
 from qattn.cuda.warps import warp_sum
 
 Array = Any  # of CuPy
 THREADS = 256
 _LOG2_E = np.float32(math.log2(math.e))
+_GELU = np.float32(2 * math.sqrt(2 / math.pi))  # since (1 + tanh(z)) / 2 is sigmoid(2z)
+_GELU_CUBE = np.float32(0.044715 * 2 * math.sqrt(2 / math.pi))
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
@@ -32,18 +35,24 @@ def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
     norm_kernel(x, weight, epsilon, n, out, grid=tokens, block=threads)
 
 
-def swiglu(gate_up: Array, out: Array) -> None:
-    """out = silu(gate) · up, where gate is the first half of each row and up the second (Shazeer, 2020).
+def gated(gate_up: Array, out: Array, activation: str) -> None:
+    """out = activation(gate) · up (Shazeer, 2020), where gate is the first half of each row and up the second.
 
+    The activation is "silu", g · sigmoid(g), or "gelu", g · (1 + tanh(√(2/π) · (g + 0.044715 g³))) / 2.
     gate_up : (tokens, 2 · n) float32;  out : (tokens, n) float32
     """
     tokens, n = out.shape
-    gate_kernel(gate_up, n, out, grid=(tokens, -(-n // (4 * THREADS))), block=THREADS)
+    gate_kernel(activation)(gate_up, n, out, grid=(tokens, -(-n // (4 * THREADS))), block=THREADS)
 
 
 def add(x: Array, y: Array) -> None:
     """x += y: float32 of the same shape."""
     add_kernel(x, y, x.size, grid=-(-x.size // (4 * THREADS)), block=THREADS)
+
+
+def softcap(x: Array, limit: float) -> None:
+    """x = limit · tanh(x / limit), in place: x (tokens, n) float32."""
+    cap_kernel(x, limit, x.size, grid=-(-x.size // THREADS), block=THREADS)
 
 
 @device
@@ -97,29 +106,36 @@ def norm_kernel(x, weight, epsilon, n, out):  # type: ignore[no-untyped-def]
         i = np.int32(i + threads)
 
 
-@device
-def _gated(g, up):  # type: ignore[no-untyped-def]
-    """silu(g) · up: silu(g) = g / (1 + exp(-g)), without overflow."""
-    small = ptx.exp2(-abs(g) * _LOG2_E)
-    return g * ((small if g < np.float32(0) else np.float32(1)) / (np.float32(1) + small)) * up
-
-
-@kernel("f32* i32 f32*")
-def gate_kernel(gate_up, n, out):  # type: ignore[no-untyped-def]
+@functools.cache
+def gate_kernel(activation: str) -> Kernel:
     """Four columns a thread, grid (tokens, runs of 4 · `THREADS` columns)."""
-    row, first = np.int64(cuda.blockIdx.x) * n, np.int32(cuda.blockIdx.y * (4 * THREADS))
-    thread = np.int32(cuda.threadIdx.x)
-    if n & 3 == 0 and _aligned(gate_up, out, out):
-        i = np.int32(first + thread * 4)
-        if i < n:
-            a, b, c, d = _four(gate_up, 2 * row + i)
-            e, f, g, h = _four(gate_up, 2 * row + n + i)
-            store_four(out, row + i, (_gated(a, e), _gated(b, f), _gated(c, g), _gated(d, h)))
-    else:
-        for j in range(4):
-            i = np.int32(first + j * THREADS + thread)
+    gelu = activation == "gelu"
+
+    @device
+    def gated(g, up):  # type: ignore[no-untyped-def]
+        z = g
+        if gelu:
+            z = g * (g * g * _GELU_CUBE + _GELU)
+        small = ptx.exp2(-abs(z) * _LOG2_E)  # exp of what is not positive: no overflow
+        return g * ((small if z < np.float32(0) else np.float32(1)) / (np.float32(1) + small)) * up
+
+    @kernel("f32* i32 f32*", activation)
+    def gate(gate_up, n, out):  # type: ignore[no-untyped-def]
+        row, first = np.int64(cuda.blockIdx.x) * n, np.int32(cuda.blockIdx.y * (4 * THREADS))
+        thread = np.int32(cuda.threadIdx.x)
+        if n & 3 == 0 and _aligned(gate_up, out, out):
+            i = np.int32(first + thread * 4)
             if i < n:
-                out[row + i] = _gated(gate_up[2 * row + i], gate_up[2 * row + n + i])
+                a, b, c, d = _four(gate_up, 2 * row + i)
+                e, f, g, h = _four(gate_up, 2 * row + n + i)
+                store_four(out, row + i, (gated(a, e), gated(b, f), gated(c, g), gated(d, h)))
+        else:
+            for j in range(4):
+                i = np.int32(first + j * THREADS + thread)
+                if i < n:
+                    out[row + i] = gated(gate_up[2 * row + i], gate_up[2 * row + n + i])
+
+    return gate
 
 
 @kernel("f32* f32* i64")
@@ -135,3 +151,14 @@ def add_kernel(x, y, n):  # type: ignore[no-untyped-def]
         for j in range(4):
             if i + j < n:
                 x[i + j] += y[i + j]
+
+
+@kernel("f32* f32 i64")
+def cap_kernel(x, limit, n):  # type: ignore[no-untyped-def]
+    """A number a thread.  tanh(y) = ±(1 - t) / (1 + t) with t = exp(-2 |y|)."""
+    i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+    if i < n:
+        y = x[i] / limit
+        t = ptx.exp2(-abs(y) * (np.float32(2) * _LOG2_E))
+        tanh = (np.float32(1) - t) / (np.float32(1) + t)
+        x[i] = limit * (-tanh if y < np.float32(0) else tanh)

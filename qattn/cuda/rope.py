@@ -20,6 +20,7 @@ from qattn.cuda.values import narrow_for
 
 WARPS = 4  # heads per block
 ELEMENT = {"f32": "f32", "f16": "u16", "bf16": "u16"}  # the kernel argument of a cache's element
+_LARGEST = {"f32": 3e38, "f16": 65504.0, "bf16": 3e38}  # that stays finite when it is rounded
 Array = Any
 
 
@@ -54,14 +55,17 @@ def turn_head(kind: str) -> Callable[..., Any]:
 
 @functools.cache
 def store_value(kind: str) -> Callable[..., Any]:
-    """A device function for one warp: the value in x[row] on into values[to] on."""
-    put = narrow_for(kind)
+    """A device function for one warp: the value in x[row] on into values[to] on.
+
+    NaN and infinity become finite, since 0, which the values of hidden keys are multiplied with, would not hide them.
+    """
+    put, most = narrow_for(kind), _LARGEST[kind]
 
     @device
     def run(x, row, value_dim, values, to):  # type: ignore[no-untyped-def]
         d = int32(cuda.threadIdx.x & 31)
         while d < value_dim:
-            values[to + d] = put(x[row + d])
+            values[to + d] = put(min(max(x[row + d], float32(-most)), float32(most)))
             d = int32(d + 32)
 
     return run  # type: ignore[no-any-return]

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from qattn import devices
-from qattn.errors import CacheError
 from qattn.kv_cache.base import Array
 from qattn.kv_cache.params import KVCacheParams
 from qattn.kv_cache.sequences import SequenceCache
@@ -74,8 +73,6 @@ class KVCache(SequenceCache):
             self._layout.forget(self.params, self._keys, self._values, sequence, length)
 
     def _replace(self, sequences: list[int], starts: list[int], lengths: list[int]) -> None:
-        if any(starts):
-            raise CacheError("what was saved has a window, which has left tokens behind; the cache has none")
         new = self.lengths.copy()
         new[sequences] = lengths
         self.reserve(new)

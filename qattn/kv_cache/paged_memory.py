@@ -45,6 +45,11 @@ class PagedMemory(SequenceCache):
         return self._pool.idle
 
     @property
+    def table(self) -> Array:
+        """The page table, (sequences, entries) int64 on the host: entry i has tokens i · page_size and following."""
+        return self._table.rows
+
+    @property
     def capacity(self) -> int:
         return int(self._table.rows.shape[1]) * self.page_size
 
@@ -152,13 +157,7 @@ class PagedMemory(SequenceCache):
 
     def _replace(self, sequences: list[int], starts: list[int], lengths: list[int]) -> None:
         size, new = self.page_size, self.lengths.copy()
-        for s, start, length in zip(sequences, starts, lengths, strict=True):
-            new[s] = length
-            if start > int(self._seen(np.array([length]))[0]):
-                window = "has none" if self.window is None else f"has one of {self.window}"
-                raise CacheError(
-                    f"what was saved begins at token {start}, since a window had left others; this {window}"
-                )
+        new[sequences] = lengths
         self._check_limit(new)
         leaving = Counter(page for s in sequences for page in self._pages_of(s))
         needed = sum(-(-length // size) - start // size for start, length in zip(starts, lengths, strict=True))

@@ -277,6 +277,12 @@ class SequenceCache(CacheBase):
 
     def _restore(self, targets: list[int], sequences: list[files.Sequence]) -> None:
         starts, lengths = [each.start for each in sequences], [len(each.positions) for each in sequences]
+        for start, needed in zip(starts, self._seen(np.array(lengths)).tolist(), strict=True):
+            if start > needed:
+                raise CacheError(
+                    f"what was saved begins at token {start}, since a window had left others behind; this cache needs "
+                    f"those from {needed} on"
+                )
         self._replace(targets, starts, lengths)
         for target, saved in zip(targets, sequences, strict=True):
             done = 0

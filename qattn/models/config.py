@@ -124,9 +124,14 @@ def _says_something(value: Any, neutral: tuple[Any, ...]) -> bool:
     return value is not None and (not np.isscalar(value) or value not in neutral)
 
 
+# Norms beside the attention, which it leaves to the decoder.
+_BESIDE = re.compile(r"blk\.\d+\.attn_(norm|norm_2|output_norm|res_score)\.")
+
+
 def _is_known(name: str, description: architectures.Architecture) -> bool:
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer is None:
         return name in description.shared_tensors()
     # Those of the attention are its own business; it refuses what it doesn't know.
-    return ".attn_" in name or name in description.layer_tensors(int(layer[1]))
+    own = ".attn_" in name and not _BESIDE.match(name)
+    return own or name in description.layer_tensors(int(layer[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,9 +83,8 @@ class Tokenizer:
         self.ends = self._find_ends(reader)
         template = metadata.get(_KEYS.CHAT_TEMPLATE)
         self.chat_template: str | None = template if isinstance(template, str) else None
-        always = self._texts(TokenType.USER_DEFINED)
-        self._always, self._special = _splitter(always), _splitter(always | self._texts(*_SPECIAL))
         self._id_of = self._texts(TokenType.USER_DEFINED, *_SPECIAL)
+        self._strips = self._find_stripping(metadata)
 
     @classmethod
     def from_gguf(cls, model: GGUFFile | str | os.PathLike[str]) -> Tokenizer:
@@ -95,17 +95,34 @@ class Tokenizer:
             return cls(opened.metadata)
 
     def _sentencepiece(self, reader: _Reader) -> sentencepiece.SentencePieceBPE:
-        scores = reader.scores(len(self._tokens))
-        ids = {token: index for index, token in enumerate(self._tokens)}
+        tokens, scores = self._tokens, reader.scores(len(self._tokens))
+        ids = dict(zip(tokens, range(len(tokens)), strict=True))
         # Text must never become a control token, so these take no part in merging.
-        special = {*map(int, _SPECIAL), TokenType.BYTE, TokenType.USER_DEFINED}
-        mergeable = {token: scores[index] for token, index in ids.items() if self._types[index] not in special}
+        ordinary = np.flatnonzero(~np.isin(self._types, [*_SPECIAL, TokenType.BYTE, TokenType.USER_DEFINED]))
+        mergeable = {tokens[index]: scores[index] for index in ordinary.tolist() if ids[tokens[index]] == index}
         return sentencepiece.SentencePieceBPE(mergeable, ids, reader.token(_KEYS.UNK_ID, 0))
 
     def _find_ends(self, reader: _Reader) -> frozenset[int]:
         named = {reader.token(key, None) for key in (_KEYS.EOT_ID, _KEYS.EOM_ID)} | {self.eos}
         known = {index for text, index in self._texts(*_SPECIAL).items() if text in _END_TEXTS}
         return frozenset(known | {token for token in named if token is not None})
+
+    def _find_stripping(self, metadata: Mapping[str, Any]) -> frozenset[int]:
+        """The special tokens that swallow white space behind them.  GGUF has no word for it: Phi 3's name says it."""
+        name = str(metadata.get(Keys.General.NAME, "")).lower()
+        if not any(phi in name for phi in ("phi-3", "phi3")):
+            return frozenset()
+        return frozenset(token for text, token in self._id_of.items() if text not in _KEEP_SPACE)
+
+    @functools.cached_property
+    def _always(self) -> Any:
+        """Cuts a text at the tokens that are found in any text."""
+        return _splitter(self._texts(TokenType.USER_DEFINED))
+
+    @functools.cached_property
+    def _special(self) -> Any:
+        """Cuts a text at control tokens, too: thousands of alternatives, which take a while to compile."""
+        return _splitter(self._id_of)
 
     def _texts(self, *types: int) -> dict[str, int]:
         found = np.flatnonzero(np.isin(self._types, types)).tolist()
@@ -145,12 +162,12 @@ class Tokenizer:
             found = f"{text[error.start]!r} at index {error.start}"
             raise ValueError(f"text has {found}, half of a surrogate pair; decode it with errors='replace'") from None
         tokens = self._edge("bos", self.bos, self.adds_bos, bos)
-        after_special = True
+        after_special, strip = True, False
         for index, fragment in enumerate((self._special if special else self._always)(text)):
             if index % 2:
                 tokens.append(self._id_of[fragment])
-                after_special = True
-            elif fragment:
+                after_special, strip = True, tokens[-1] in self._strips
+            elif fragment := fragment.lstrip(_SPACES) if strip else fragment:
                 prefix = " " if self._space_prefix and after_special else ""
                 tokens.extend(self._plain.encode(prefix + fragment))
                 after_special = False
@@ -213,6 +230,8 @@ class TextStream:
 
 
 _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
+_KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}  # of Phi 3
+_SPACES = " \t\n\v\f\r"
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 

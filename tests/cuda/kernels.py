@@ -27,7 +27,6 @@ from qattn.masks.causal import Causal
 from qattn.packing import layout_of
 
 
-
 class Strided(NamedTuple):
     """A query sees every `stride`-th key before it."""
 
@@ -67,5 +66,6 @@ def all_kernels() -> Iterator[Kernel]:
     for made in (attend_decode.decode_kernel, attend_fused.fused_kernel, attend_prefill.prefill_kernel):
         yield made("f16", FULL, 128, 128)
     yield from map(heads.gate_kernel, heads.GATES)
+    yield from map(feed_forward.gate_kernel, ("silu", "gelu"))
     for module in (attention, feed_forward, heads, matmul, rope):
         yield from (value for value in vars(module).values() if isinstance(value, Kernel))

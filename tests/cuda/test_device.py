@@ -8,7 +8,7 @@ import pytest
 
 import qattn
 from qattn import DeviceError, devices
-from qattn.models import Model
+from qattn.models import Decoder, Model
 from tests import tiny_model
 from tests.reference import nmse
 from tests.strategies import normal, random_weights
@@ -175,7 +175,7 @@ def test_functions_give_what_they_give_on_a_cpu(cupy):
 def test_a_layer_gives_what_it_gives_on_a_cpu(cupy, cache, bias):
     there, here = (layer(bias=bias, cache=cache, devices=[device]) for device in ("cuda:0", "cpu"))
     assert there.device == "cuda:0" and there.devices == ["cuda:0"] and "cuda:0" in repr(there)
-    assert isinstance(there._qkv_proj.parts[0].packed.codes, cupy.ndarray)
+    assert isinstance(there._projection._packed.parts[0].packed.codes, cupy.ndarray)
     bound = 1e-6 if cache == "float32" else 1e-4
     for tokens in (5, 1, 1, 20, 1):
         x = normal((tokens, there.hidden_size), tokens)
@@ -265,3 +265,11 @@ def test_a_model_writes_the_same_on_a_gpu_by_replaying_a_graph(cupy, tmp_path):
     np.testing.assert_array_equal(cupy.asnumpy(there.forward([7])), again)  # recorded or replayed, the same bits
     text = "".join(there.generate("hello w", max_tokens=4))
     assert text == "".join(here.generate("hello w", max_tokens=4))
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "phi3"])
+def test_a_decoder_of_another_architecture_gives_the_same_on_a_gpu(cupy, tmp_path, architecture):
+    path = tiny_model.write(tmp_path / "tiny.gguf", architecture=architecture)
+    there, here = (Decoder.from_gguf(path, device=device, precision="exact") for device in ("cuda:0", "cpu"))
+    for tokens in (range(1, tiny_model.WINDOW + 3), [20], [21]):
+        assert nmse(there.forward(list(tokens)), here.forward(list(tokens))) < 1e-9

@@ -54,8 +54,8 @@ class Step(NamedTuple):
     def expected(self):
         """q, keys and values of the new tokens, float64."""
         ends = np.cumsum([self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim])
-        q, k, v = (part.reshape(self.tokens, -1, d) for part, d in zip(
-            np.split(self.qkv, ends, axis=1)[:3], (self.head_dim, self.head_dim, self.value_dim), strict=True))  # fmt: skip
+        parts, sizes = np.split(self.qkv, ends, axis=1), (self.head_dim, self.head_dim, self.value_dim)
+        q, k, v = (part.reshape(self.tokens, -1, size) for part, size in zip(parts, sizes, strict=False))
         return reference.rotate(q, self.places, self.rope), reference.rotate(k, self.places, self.rope), v
 
     def arguments(self, cupy):
@@ -132,6 +132,17 @@ def test_keys_and_values_are_rounded_to_the_nearest(cupy, kind):
             bits = want.view(np.uint32)
             want = (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view(np.float32)
         assert np.array_equal(widened(kind, got), want.astype(np.float16) if kind == "f16" else want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_stored_finite(cupy, kind):
+    """What is forgotten stays in the cache, and is multiplied with 0."""
+    step = Step(1, 1, 8, 8, (1,), (0,), RotaryEmbedding(8))
+    cache, lengths, q = step.run(cupy, kind)
+    qkv, *others = step.arguments(cupy)
+    qkv[0, -8:-5] = cupy.asarray(np.array([np.nan, np.inf, -1e38], np.float32))
+    cuda_rope.rotate_and_store(kind, qkv, *others, cache, lengths, q)
+    assert np.isfinite(widened(kind, cache.values)).all()
 
 
 @settings(one_cupy, max_examples=20)

@@ -1,0 +1,225 @@
+"""Attention of sequences that begin alike: what they share is read once for all of them.
+
+The queries of such sequences attend to the shared pages as if they were one sequence's, and to the rest each to its
+own.  Softmax attention over two sets of keys follows from that over each and its log-sum-exp: `merge_states`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qattn import _check, backends, devices
+from qattn._backend import as_array, as_float32, as_host, device_of, namespace
+from qattn.errors import DeviceError
+from qattn.kv_cache.base import Array
+from qattn.kv_cache.paged_memory import PagedMemory
+from qattn.kv_cache.sequences import SequenceCache
+from qattn.logits import Logits
+from qattn.masks import Causal, Null
+
+
+def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
+    """Attention over two sets of keys together, from that over each of them.
+
+    Parameters
+    ----------
+    out_a, out_b : (..., value_dim) floats
+        The outputs.
+    lse_a, lse_b : (...) floats
+        The logarithms of the sums of exponentials; -inf where no key was seen.
+
+    Returns
+    -------
+    (..., value_dim) floats, (...) floats
+        Output and logarithm of the sum.
+
+    Raises
+    ------
+    ValueError
+        For shapes that don't fit together.
+
+    Examples
+    --------
+    >>> out, lse = merge_states(np.array([[1.0]]), np.array([0.0]), np.array([[3.0]]), np.array([0.0]))
+    >>> float(out[0, 0]), round(float(lse[0]), 4)
+    (2.0, 0.6931)
+    """
+    out_a, lse_a, out_b, lse_b = (as_array(each) for each in (out_a, lse_a, out_b, lse_b))
+    xp = namespace(out_a)
+    _check.shape("lse_a", lse_a, out_a.shape[:-1])
+    _check.shape("out_b", out_b, out_a.shape)
+    _check.shape("lse_b", lse_b, out_a.shape[:-1])
+    peak = xp.maximum(lse_a, lse_b)
+    peak = xp.where(peak > -np.inf, peak, xp.zeros_like(peak))
+    a, b = xp.exp(lse_a - peak), xp.exp(lse_b - peak)
+    total = a + b
+    with np.errstate(divide="ignore"):
+        lse = xp.log(total) + peak
+    total = xp.where(total > 0, total, xp.ones_like(total))
+    return out_a * (a / total)[..., None] + out_b * (b / total)[..., None], lse
+
+
+def cascade(
+    q: Any,
+    cache: SequenceCache,
+    row_offsets: Any = None,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Any = None,
+    precision: str = "exact",
+    return_lse: bool = False,
+) -> Any:
+    """Causal attention of the last tokens of each sequence in a cache, where shared pages are read once.
+
+    Parameters
+    ----------
+    q : (tokens, heads, head_dim) floats
+        Rotated queries of tokens whose keys and values are in the cache.
+    cache : PagedKVCache
+        Sequences share pages by `fork` or `begin`.  Nothing is shared in a `KVCache`, which works as well.
+    row_offsets : (sequences + 1,) integers, optional
+        Sequence s has tokens row_offsets[s] to row_offsets[s + 1] - 1; not needed for a cache of one sequence.
+    scale, softcap, sinks
+        As of `qattn.attention`.
+    precision : "exact" or "int8"
+        What the products are computed in, as of a layer.
+    return_lse : bool
+        Return also the logarithm of each sum of exponentials, (tokens, heads).
+
+    Returns
+    -------
+    (tokens, heads, value_dim) float32
+        That of all keys at once, but for rounding.
+
+    Raises
+    ------
+    ValueError
+        For shapes that don't fit together.
+    DeviceError
+        If the cache is elsewhere than q.
+    CacheError
+        If a window of the cache has left tokens behind.
+
+    Examples
+    --------
+    >>> cache = PagedKVCache(KVCacheParams(n_kv_heads=1, head_dim=4), sequences=2, pages=8)
+    >>> cache.append(np.ones((300, 1, 4)), np.ones((300, 1, 4)))
+    >>> cache.fork(0, 1)
+    >>> cascade(np.ones((2, 3, 4)), cache, [0, 1, 2]).shape
+    (2, 3, 4)
+    """
+    _check.choice("precision", precision, ("exact", "int8"))
+    q, p = as_array(q, "q"), cache.params
+    if device_of(q) != cache.device:
+        raise DeviceError(f"q is on {device_of(q)}, the cache on {cache.device}; both must be on the same")
+    _check.shape("q", q, ("tokens", "heads", p.head_dim))
+    if q.shape[1] % p.n_kv_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, the cache {p.n_kv_heads}; expected a multiple")
+    offsets = _offsets(row_offsets, cache, len(q))
+    cache.check_mask(Causal(), cache.lengths, offsets)
+    with devices.current(cache.device):
+        logits = Logits(p.head_dim**-0.5 if scale is None else scale, softcap)
+        if sinks is not None:
+            sinks = as_float32(namespace(q).asarray(sinks))
+            _check.shape("sinks", sinks, (q.shape[1],))
+        out, lse = _attend(as_float32(q), cache, offsets, logits, sinks, precision == "exact")
+    return (out, lse) if return_lse else out
+
+
+def _offsets(row_offsets: Any, cache: SequenceCache, tokens: int) -> Array:
+    if row_offsets is None and cache.sequences > 1:
+        raise ValueError(f"the cache has {cache.sequences} sequences; row_offsets must say which tokens are whose")
+    offsets = np.array([0, tokens]) if row_offsets is None else as_host(row_offsets, "row_offsets").astype(np.int64)
+    _check.shape("row_offsets", offsets, (cache.sequences + 1,))
+    new = np.diff(offsets)
+    if offsets[0] != 0 or offsets[-1] != tokens or (new < 0).any():
+        raise ValueError(f"row_offsets is {offsets.tolist()}; expected to rise from 0 to {tokens}, the tokens of q")
+    if (new > cache.lengths).any():
+        s = int((new - cache.lengths).argmax())
+        raise ValueError(f"q has {new[s]} tokens of sequence {s}, which has {cache.lengths[s]} in the cache")
+    return offsets
+
+
+class _Part(NamedTuple):
+    """Some pages of a cache, as back ends see a cache."""
+
+    params: Any
+    sequences: int
+    capacity: int
+    counts: Any
+    """(sequences,) int64 on the device, the tokens of each sequence."""
+    memory: Any
+
+    @classmethod
+    def of(cls, cache: PagedMemory, rows: Array, counts: Array) -> _Part:
+        """Sequences with these pages, (sequences, entries) int64, and so many tokens."""
+        there, capacity = cache.view(), rows.shape[1] * cache.page_size
+        counts, rows = (devices.asarray(np.ascontiguousarray(a), cache.device) for a in (counts, rows))
+        return cls(cache.params, len(rows), capacity, counts, there._replace(pages=rows))
+
+    def view(self) -> Any:
+        return self.memory
+
+
+def _attend(q: Array, cache: SequenceCache, offsets: Array, logits: Logits, sinks: Any, exact: bool) -> tuple[Any, Any]:
+    xp, backend = namespace(q), backends.of(q)
+    if not len(q):
+        return xp.empty((0, q.shape[1], cache.params.values), np.float32), xp.empty((0, q.shape[1]), np.float32)
+    plan = None
+    if isinstance(cache, PagedMemory):
+        rows, full = cache.table, (cache.lengths - np.diff(offsets)) // cache.page_size
+        plan = groups(rows, np.where(np.diff(offsets) > 0, full, 0))
+    logits_and_sinks = logits._replace(sinks=sinks)  # only once
+    if plan is None or not isinstance(cache, PagedMemory):
+        return backend.attend(q.copy(), cache, xp.asarray(offsets), Causal(), logits_and_sinks, exact=exact)  # type: ignore[no-any-return]
+    shared, members = plan
+    # What each sequence has for itself
+    skip = np.zeros(cache.sequences, np.int64)
+    skip[[s for group in members for s in group]] = shared
+    width = max(int((-(-cache.lengths // cache.page_size) - skip).max()), 1)
+    at = np.minimum(np.arange(width) + skip[:, None], rows.shape[1] - 1)
+    own = _Part.of(cache, np.take_along_axis(rows, at, axis=1), cache.lengths - skip * cache.page_size)
+    out, lse = backend.attend(q.copy(), own, xp.asarray(offsets), Causal(), logits_and_sinks, exact=exact)
+    # What groups share: their tokens together are the last of one sequence, and see all of it
+    tokens = [np.concatenate([np.arange(offsets[s], offsets[s + 1]) for s in group]) for group in members]
+    counts = np.full(len(members), shared * cache.page_size)
+    part = _Part.of(cache, np.stack([rows[group[0], :shared] for group in members]), counts)
+    group_offsets = xp.asarray(np.cumsum([0, *map(len, tokens)]))
+    chosen = xp.asarray(np.concatenate(tokens))
+    some, some_lse = backend.attend(q[chosen], part, group_offsets, Null(), logits, exact=exact)
+    out[chosen], lse[chosen] = merge_states(out[chosen], lse[chosen], some, some_lse)
+    return out, lse
+
+
+def groups(rows: Array, full: Array) -> tuple[int, list[list[int]]] | None:
+    """Which sequences share how many of their first pages, so that the fewest pages are read; None if none do.
+
+    rows : (sequences, entries) int64, the page table
+    full : (sequences,) int64, how many entries of each row can be shared
+
+    Examples
+    --------
+    >>> groups(np.array([[7, 1, 2], [7, 1, 3], [4, 5, 6], [7, 1, 2]]), np.array([3, 3, 3, 3]))
+    (2, [[0, 3, 1]])
+    """
+    order = sorted(range(len(rows)), key=lambda s: rows[s, : full[s]].tobytes())  # the alike are neighbours
+    alike = []
+    for one, next_one in itertools.pairwise(order):
+        most = int(min(full[one], full[next_one]))
+        differ = np.flatnonzero(rows[one, :most] != rows[next_one, :most])
+        alike.append(int(differ[0]) if differ.size else most)
+    shared = max(alike, key=lambda pages: pages * sum(each >= pages for each in alike), default=0)
+    if not shared:
+        return None
+    members: list[list[int]] = []
+    for i, each in enumerate(alike):
+        if each >= shared:
+            if i and alike[i - 1] >= shared:
+                members[-1].append(order[i + 1])
+            else:
+                members.append([order[i], order[i + 1]])
+    return shared, members
