@@ -15,7 +15,7 @@ from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.errors import CacheError, DeviceError
 from qattn.head_steps import HeadNorm, Temperatures, head_norms, logits_of
-from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache
+from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache, cascading
 from qattn.latent import LatentProjection
 from qattn.linear import Linear
 from qattn.logits import Logits
@@ -432,7 +432,7 @@ class AttentionWithRope:
         """Rotate q and k, append k and v to the cache, and attend: (tokens, heads, value_dim) float32."""
         c, backend, exact = self.config, backends.of(rows), self.precision == "exact"
         heads = backend.scratch("heads", (len(rows), c.num_attention_heads, c.value_dim))
-        if stores(c) and probe is None:
+        if stores(c) and probe is None and not cache.cascade:
             backend.rotate_and_attend(rows, rotation, batch, cache, self.mask, logits, exact=exact, out=heads)
             return heads  # type: ignore[no-any-return]
         if stores(c):
@@ -443,7 +443,8 @@ class AttentionWithRope:
             q = rows[:, : c.num_attention_heads * c.head_dim].reshape(len(rows), c.num_attention_heads, c.head_dim)
         if probe is not None:  # before attention, which may use q as it likes
             probe.prepared(q, cache, batch, self.mask, logits)
-        _, lse = backend.attend(q, cache, batch.row_offsets, self.mask, logits, exact=exact, out=heads)
+        attend = cascading.attend if cache.cascade else backend.attend
+        _, lse = attend(q, cache, batch.row_offsets, self.mask, logits, exact=exact, out=heads)
         if probe is not None:
             probe.lse = lse
         return heads  # type: ignore[no-any-return]

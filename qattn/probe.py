@@ -53,6 +53,8 @@ class Probe:
     """Takes along what is asked for while a layer computes.
 
     All is float32 and on the layer's device.  With `row_offsets` there is a list of each, an entry for each sequence.
+    Scores, weights and statistics are those of float32 arithmetic; kernels that multiply a cache in bfloat16 or bytes
+    (unless ``precision="exact"``) round more.
 
     Parameters
     ----------

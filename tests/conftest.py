@@ -7,7 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from qattn.models.fetch import FetchError, fetch
+from qattn.models.fetch import GEMMA3, SMOLLM2, FetchError, fetch
 
 hypothesis.settings.register_profile("qattn", deadline=None)  # the first example compiles kernels
 hypothesis.settings.load_profile("qattn")
@@ -15,18 +15,29 @@ hypothesis.settings.load_profile("qattn")
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture(scope="session")
-def smollm2():
-    """The path of the default model, which is fetched if it isn't in the cache.
+def fetched(source):
+    """The path of a model, which is fetched if it isn't in the cache.
 
     Without a network the tests that need it are skipped, but not where CI is set: there they must run.
     """
     try:
-        return fetch()
+        return fetch(source)
     except FetchError as error:
         if os.environ.get("CI"):
             raise
-        pytest.skip(f"SmolLM2 isn't in the cache and can't be fetched: {error}")
+        pytest.skip(f"{source.name} isn't in the cache and can't be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The path of the default model."""
+    return fetched(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def gemma3():
+    """The path of Gemma 3 270M."""
+    return fetched(GEMMA3)
 
 
 @pytest.fixture(scope="session")

@@ -47,15 +47,18 @@ def gelu(x):
 def positions(architecture, m, w, layer, tokens):
     """The rotary embedding of a layer, and which keys each token sees."""
     dim = m.get("attention.key_length", m["embedding_length"] // m["attention.head_count"])
-    base, window, options = m["rope.freq_base"], 0, {"factors": None}
-    if architecture == "gemma3" and m["attention.sliding_window_pattern"][layer]:
-        base, window = m["rope.freq_base_swa"], m["attention.sliding_window"]
+    base, window, factors = m["rope.freq_base"], 0, None
+    if architecture == "gemma3":
+        pattern = m.get("attention.sliding_window_pattern")
+        if layer % 6 < 5 if pattern is None else pattern[layer]:
+            base, window = m.get("rope.freq_base_swa", 10000.0), m["attention.sliding_window"]
     if architecture == "phi3":
         long = m["context_length"] > m["rope.scaling.original_context_length"]
-        options["factors"] = w[f"rope_factors_{'long' if long else 'short'}.weight"]
-    rope = RotaryEmbedding(dim, base, pairing="interleaved" if architecture == "llama" else "neox", **options)
+        factors = w[f"rope_factors_{'long' if long else 'short'}.weight"]
+    pairing = "interleaved" if architecture == "llama" else "neox"
     distance = np.arange(tokens)[:, None] - np.arange(tokens)
-    return rope, (distance >= 0) & ((distance < window) if window else True)
+    visible = (distance >= 0) & ((distance < window) if window else True)
+    return RotaryEmbedding(dim, base, pairing=pairing, factors=factors), visible
 
 
 def attention(x, b, m, rope, visible, epsilon):

@@ -145,7 +145,7 @@ def test_norms_behind_the_blocks_are_gemmas_alone(tmp_path):
 )
 def test_metadata_that_would_change_the_result_is_refused(tmp_path, key, value):
     path = tiny_model.write(tmp_path / "m.gguf", **{f"llama.{key}": value})
-    with qattn.open(path) as model, pytest.raises(NotImplementedError, match=f"llama.{key} is .*its decoder doesn't"):
+    with qattn.open(path) as model, pytest.raises(NotImplementedError, match=rf"llama\.{key} is .*its decoder doesn't"):
         ModelConfig.from_gguf(model)
 
 

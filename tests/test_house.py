@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up; a file imports from its own floor or from those below.
 FLOORS = [
-    ("errors", "_check", "_backend", "_index", "_cache", "layout", "batch", "devices", "logits"),
+    ("errors", "_check", "_backend", "_index", "_cache", "layout", "batch", "devices", "logits", "cache_types"),
     ("formats", "masks"),
     ("rope",),
     ("cpu", "cuda"),
@@ -75,6 +75,7 @@ def test_kernels_know_no_format_mask_or_layer(path):
         "qattn.layout",
         "qattn.batch",
         "qattn.logits",
+        "qattn.cache_types",
         "qattn.devices",
         "qattn._cache",
     )

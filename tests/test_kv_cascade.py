@@ -7,11 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qattn import CacheError, DeviceError, KVCache, KVCacheParams, PagedKVCache, attention, cascade, merge_states
+from qattn import (
+    CacheError,
+    DeviceError,
+    KVCache,
+    KVCacheParams,
+    MHAMaskVariant,
+    PagedKVCache,
+    attention,
+    cascade,
+    merge_states,
+)
 from qattn.kv_cache.cascading import groups
 from tests import reference
 from tests.reference import nmse
 from tests.strategies import normal
+from tests.test_kv_machine import HIDDEN, PARAMS, layer
 
 
 @settings(max_examples=40)
@@ -93,7 +104,7 @@ def test_what_is_shared_is_read_once(monkeypatch):
     monkeypatch.setattr(backends.get("cpu"), "attend", spy)
     cascade(normal((6, 2, 16)), cache, np.arange(7))
     # three pages for sequences 0, 1, 3 and 4, since that saves the most; for each what is left
-    assert read == [[46, 47, 332, 309, 310, 163], [384]]
+    assert read == [[384], [46, 47, 332, 309, 310, 163]]
 
 
 @given(
@@ -152,3 +163,20 @@ def test_q_must_be_where_the_cache_is(cupy):
     cache, q = family()[0], cupy.asarray(normal((6, 2, 16)))
     with pytest.raises(DeviceError, match="q is on cuda:0, the cache on cpu; both must be on the same"):
         cascade(q, cache, np.arange(7))
+
+
+def test_a_layer_may_cascade():
+    attn = layer()
+    plain, cache = (PagedKVCache(PARAMS, 3, pages=16, cascade=cascading) for cascading in (False, True))
+    x = normal((330, HIDDEN))
+    for each in (plain, cache):
+        attn(x[:300], kv_cache=each, row_offsets=[0, 300, 300, 300])
+        each.fork(0, 1)
+        each.fork(0, 2)
+    for offsets in ([0, 1, 2, 3], [0, 10, 10, 11], [0, 20, 25, 30]):
+        got, want = (attn(x[: offsets[-1]], kv_cache=each, row_offsets=offsets) for each in (cache, plain))
+        assert 0 < nmse(got, want) < 1e-11
+    # What goes by indices, which a part of a sequence doesn't have, is computed as usual
+    for changes in ({"alibi": 8.0}, {"mask_variant": MHAMaskVariant.NULL_MASK}):
+        other = layer(**changes)
+        assert np.array_equal(*(other(x[:6], kv_cache=each, row_offsets=[0, 2, 4, 6]) for each in (cache, plain)))

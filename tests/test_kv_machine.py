@@ -116,6 +116,10 @@ class Caches(RuleBasedStateMachine):
                 want = self.expected(self.model[s], len(tokens))
                 assert nmse(got[offsets[s] : offsets[s + 1]], want) < 1e-9
 
+    @rule(counts=st.lists(CHUNKS, min_size=SEQUENCES, max_size=SEQUENCES))
+    def reserve(self, counts):
+        self.both("reserve", self.paged.lengths + counts)
+
     @rule(data=st.data(), sequence=SLOTS)
     def truncate(self, data, sequence):
         length = data.draw(st.integers(0, len(self.model[sequence])))

@@ -265,6 +265,18 @@ def test_a_window_cache_keeps_what_the_window_sees(window, chunks, page):
     assert cache.positions().tolist() == list(range(sum(chunks)))
 
 
+def test_pages_that_a_window_has_left_are_not_read():
+    attn = layer(mask_variant=WINDOW, local_window_size=100)
+    flat, cache = KVCache(PARAMS), PagedKVCache(PARAMS, pages=12, window=100)
+    for i, chunk in enumerate([300, 1, 200, 130, 1, 1, 300, 5]):
+        x = normal((chunk, HIDDEN), i)
+        assert np.array_equal(attn(x, kv_cache=cache), attn(x, kv_cache=flat))
+        idle = np.flatnonzero(cache._pool.references == 0)
+        cache.view().keys[idle], cache.view().values[idle] = np.nan, np.nan
+        cache.view().pages[0, : cache.starts[0] // 128] = idle[0]
+    assert cache.starts[0] == 768
+
+
 def test_a_window_cache_says_what_it_has_left_behind():
     cache, attn = PagedKVCache(PARAMS, pages=8, window=100), layer(mask_variant=WINDOW, local_window_size=100)
     attn(normal((400, HIDDEN)), kv_cache=cache)

@@ -55,7 +55,8 @@ def sentencepiece(**changes):
         "tokenizer.ggml.scores": np.array([0] * 259 + [-i for i in range(len(pieces))] + [0], np.float32),
         "tokenizer.ggml.unknown_token_id": 0,
     }
-    return {key: value for key, value in (given | changes).items() if value is not None}
+    given |= {key.replace("__", "."): value for key, value in changes.items()}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,23 @@ def test_what_has_no_piece_becomes_bytes(spm):
 def test_a_text_can_not_become_a_control_token(spm):
     assert not {1, 2} & set(spm.encode("<s></s>", bos=False))
     assert spm.encode("<s>", special=True, bos=False) == [1]
+
+
+def test_phi_swallows_white_space_behind_its_special_tokens():
+    vocabulary, added = sentencepiece(), ["<|user|>", "<|end|>", "<|endoftext|>"]
+    tokens = [*vocabulary["tokenizer.ggml.tokens"], *added]
+    changes = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.append(vocabulary["tokenizer.ggml.token_type"], [4, 3, 3]).astype(np.int32),
+        "tokenizer.ggml.scores": np.append(vocabulary["tokenizer.ggml.scores"], [0, 0, 0]).astype(np.float32),
+    }
+    text = "<|user|> \n hello<|end|>\n<|user|>a<|endoftext|> a"
+    phi, other = (
+        [tokens[t] for t in Tokenizer(sentencepiece(general__name=name, **changes)).encode(text, special=True)]
+        for name in ("Phi-3 mini", "Psi 3")
+    )
+    assert phi == ["<s>", "<|user|>", "▁hello", "<|end|>", "<|user|>", "▁a", "<|endoftext|>", "▁", "▁a"]
+    assert other[:6] == ["<s>", "<|user|>", "▁", "▁", "<0x0A>", "▁hello"]
 
 
 # Damaged metadata

@@ -172,7 +172,8 @@ def rotate_and_attend(
 
 def _filled(logits: Logits) -> Logits:
     """The same with empty arrays for none."""
-    scale, cap = np.float32(logits.scale), np.float32(logits.cap)  # the kernels' own type
+    scale: Any = np.float32(logits.scale)  # the kernels' own type
+    cap: Any = np.float32(logits.cap)
     slopes, sinks = _or_empty(logits.slopes, 1), _or_empty(logits.sinks, 1)
     return Logits(scale, cap, slopes, sinks, _or_empty(logits.bias, 3), _or_empty(logits.distances, 2))
 

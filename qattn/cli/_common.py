@@ -121,15 +121,15 @@ def _announce_compilation() -> None:
         say(f"compiling kernels for this CPU, which takes about 15 seconds{later}")
 
 
-def fetch() -> Path:
-    """Return where the default model lies; show progress while it is fetched, and then say where."""
+def fetch(name: str = "smollm2-135m") -> Path:
+    """Return where a model lies; show progress while it is fetched, and then say where."""
     from qattn.models import fetch as fetch_model
-    from qattn.models.fetch import fetched, shown_progress
+    from qattn.models.fetch import SOURCES, fetched, shown_progress
 
-    path = fetched()
+    path = fetched(SOURCES[name])
     if path is None:
         with shown_progress() as progress:
-            path = fetch_model(progress=progress)
+            path = fetch_model(SOURCES[name], progress)
         say(f"the model lies in {path}")
     return path
 

@@ -15,7 +15,7 @@ from qattn.cpu.target import TARGET
 KEY_BLOCK = 128  # keys per step of the online softmax: scores of 96 rows then take 48 KiB
 MASKED = -1e30  # below every score; finite, so that a row without any visible key gives 0, not NaN
 LOG2E = 1.4426950408889634
-AHEAD = 8192  # bytes of keys to ask for ahead: a tile of 16 heads of 128
+AHEAD = 4096  # bytes of keys to ask for ahead: a tile of 16 heads of 128
 
 
 class Storage(NamedTuple):

@@ -250,7 +250,7 @@ class Emitter:
 
     def prefetch(self, there: Pointer) -> None:
         """Ask for a cache line that will be read soon; an address past the end of an array does no harm."""
-        zero, near, data = (Value(self, _I32(i)) for i in (0, 2, 1))
+        zero, near, data = (Value(self, _I32(i)) for i in (0, 3, 1))
         self.intrinsic("llvm.prefetch.p0i8", ir.VoidType(), Value(self, there.ir), zero, near, data)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:

@@ -1,7 +1,7 @@
 """Attention of many new tokens, on tensor cores: flash attention (Dao, 2023).
 
-A block has 128 rows, 32 for each of its four warps (half as many with heads longer than 128, or where scores gain a bias), and walks the keys 32 at
-a time.  A step:
+A block has 128 rows, 32 for each of its four warps (half as many with heads longer than 128, or where scores gain a
+bias), and walks the keys 32 at a time.  A step:
 
 1. wait for the step's keys and values, and for all warps to be done with the step before: a single barrier;
 2. begin to copy the next step's to the other half of shared memory;

@@ -142,7 +142,7 @@ def mask_key(mask: Any) -> str:
         return name.rsplit("_", 1)[-1]
     methods = [getattr(mask, method) for method in ("bounds", "sees") if hasattr(mask, method)]
     told = repr((mask._fields, [_meaning(method, ()) for method in methods]))
-    return f"{name}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    return f"{name[-80:]}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
 def _meaning(value: Any, within: tuple[Any, ...]) -> Any:

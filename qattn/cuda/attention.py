@@ -7,9 +7,10 @@ In NumPy, for one query row q (head_dim,) that sees keys k (n, head_dim) and val
     out = weight @ v / weight.sum()
     lse = log(weight.sum()) + score.max()
 
-and before the softmax, what `qattn.logits` says.  No kernel ever holds all scores of a row.  It walks the keys in steps and keeps a running maximum, a running sum, and a
-sum of weighted values, and shrinks the last two when the maximum grows (online softmax; Milakov and Gimelshein, 2018).
-Scores are kept in units of log 2, since exp2 is an instruction and exp is not: log2(e) is a part of the scale.
+and before the softmax, what `qattn.logits` says.  No kernel ever holds all scores of a row.  It walks the keys in steps
+and keeps a running maximum, a running sum, and a sum of weighted values, and shrinks the last two when the maximum
+grows (online softmax; Milakov and Gimelshein, 2018).  Scores are kept in units of log 2, since exp2 is an instruction
+and exp is not: log2(e) is a part of the scale.
 
 *Rows.*  All query heads of a KV head (a group) see the same keys.  So the rows of a KV head are its new tokens times
 the heads of its group, and a tile of rows reads K and V once for all of them.  Each row has its own bounds, a first
@@ -27,8 +28,8 @@ of its keys alone.  A step's keys lie in one page, since pages come in 64s of to
     are cut into parts, for otherwise a GPU would be mostly idle: a block each.  A part's result is normalized, and
     `merge` weighs the parts by their log-sum-exp (eq. 4 there), in order, so that the bits are the same each time.
 `attend_prefill`
-    Many new tokens: arithmetic takes the time.  A tile has 128 rows, or 64, K and V come to shared memory
-    while the step before is worked on, and products run on tensor cores (flash attention; Dao, 2023).
+    Many new tokens: arithmetic takes the time.  A tile has 128 rows, or 64, K and V come to shared memory while the
+    step before is worked on, and products run on tensor cores (flash attention; Dao, 2023).
 `attend_exact`
     Everything in float32, for float32 caches, heads that the others don't take, and where float32 is asked for.
 

@@ -31,6 +31,9 @@ class CacheBase(abc.ABC):
     hold equally many tokens; how sequences get pages is up to the subclass.
     """
 
+    cascade = False
+    """Whether layers should read once what sequences share."""
+
     def __init__(self, params: Any, sequences: int, device: str) -> None:
         if operator.index(sequences) < 1:
             raise ValueError(f"sequences is {sequences}; expected at least 1")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qattn import _check, backends, devices
-from qattn._backend import as_array, as_float32, as_host, device_of, namespace
+from qattn._backend import as_array, as_float32, as_host, device_of, is_cupy, namespace
 from qattn.errors import DeviceError
 from qattn.kv_cache.base import Array
 from qattn.kv_cache.paged_memory import PagedMemory
@@ -122,11 +122,15 @@ def cascade(
     offsets = _offsets(row_offsets, cache, len(q))
     cache.check_mask(Causal(), cache.lengths, offsets)
     with devices.current(cache.device):
-        logits = Logits(p.head_dim**-0.5 if scale is None else scale, softcap)
         if sinks is not None:
             sinks = as_float32(namespace(q).asarray(sinks))
             _check.shape("sinks", sinks, (q.shape[1],))
-        out, lse = _attend(as_float32(q), cache, offsets, logits, sinks, precision == "exact")
+        logits = Logits(p.head_dim**-0.5 if scale is None else scale, softcap, sinks=sinks)
+        out = namespace(q).empty((*q.shape[:2], p.values), np.float32)
+        if not len(q):
+            return (out, namespace(q).empty(q.shape[:2], np.float32)) if return_lse else out
+        queries = namespace(q).array(q, np.float32)  # a copy, since back ends may use it as they like
+        _, lse = attend(queries, cache, offsets, Causal(), logits, exact=precision == "exact", out=out)
     return (out, lse) if return_lse else out
 
 
@@ -165,32 +169,37 @@ class _Part(NamedTuple):
         return self.memory
 
 
-def _attend(q: Array, cache: SequenceCache, offsets: Array, logits: Logits, sinks: Any, exact: bool) -> tuple[Any, Any]:
-    xp, backend = namespace(q), backends.of(q)
-    if not len(q):
-        return xp.empty((0, q.shape[1], cache.params.values), np.float32), xp.empty((0, q.shape[1]), np.float32)
-    plan = None
-    if isinstance(cache, PagedMemory):
-        rows, full = cache.table, (cache.lengths - np.diff(offsets)) // cache.page_size
-        plan = groups(rows, np.where(np.diff(offsets) > 0, full, 0))
-    logits_and_sinks = logits._replace(sinks=sinks)  # only once
+def attend(
+    q: Array, cache: SequenceCache, row_offsets: Array, mask: Any, logits: Logits, *, exact: bool, out: Array
+) -> tuple[Array, Array]:
+    """What a back end's function of that name does, but shared pages are read once, where that can be.
+
+    It can where the mask is causal, scores depend on no index, and the host knows how long sequences are: on a CPU, or
+    where row_offsets are on the host, after `note`.
+    """
+    backend, plan = backends.of(q), None
+    indexed = any(each is not None for each in (logits.slopes, logits.bias, logits.distances))
+    if isinstance(cache, PagedMemory) and not is_cupy(row_offsets) and not indexed and type(mask) is Causal:
+        new = np.diff(row_offsets)
+        plan = groups(cache.table, np.where(new > 0, (cache.lengths - new) // cache.page_size, 0))
     if plan is None or not isinstance(cache, PagedMemory):
-        return backend.attend(q.copy(), cache, xp.asarray(offsets), Causal(), logits_and_sinks, exact=exact)  # type: ignore[no-any-return]
+        offsets = devices.asarray(row_offsets, cache.device)
+        return backend.attend(q, cache, offsets, mask, logits, exact=exact, out=out)  # type: ignore[no-any-return]
     shared, members = plan
+    xp, rows = namespace(q), cache.table
+    # What groups share: their tokens together are the last of one sequence, and see all of it
+    tokens = [np.concatenate([np.arange(row_offsets[s], row_offsets[s + 1]) for s in group]) for group in members]
+    counts = np.full(len(members), shared * cache.page_size)
+    part = _Part.of(cache, np.stack([rows[group[0], :shared] for group in members]), counts)
+    chosen, offsets = xp.asarray(np.concatenate(tokens)), xp.asarray(np.cumsum([0, *map(len, tokens)]))
+    some, some_lse = backend.attend(q[chosen], part, offsets, Null(), logits._replace(sinks=None), exact=exact)
     # What each sequence has for itself
     skip = np.zeros(cache.sequences, np.int64)
     skip[[s for group in members for s in group]] = shared
     width = max(int((-(-cache.lengths // cache.page_size) - skip).max()), 1)
     at = np.minimum(np.arange(width) + skip[:, None], rows.shape[1] - 1)
     own = _Part.of(cache, np.take_along_axis(rows, at, axis=1), cache.lengths - skip * cache.page_size)
-    out, lse = backend.attend(q.copy(), own, xp.asarray(offsets), Causal(), logits_and_sinks, exact=exact)
-    # What groups share: their tokens together are the last of one sequence, and see all of it
-    tokens = [np.concatenate([np.arange(offsets[s], offsets[s + 1]) for s in group]) for group in members]
-    counts = np.full(len(members), shared * cache.page_size)
-    part = _Part.of(cache, np.stack([rows[group[0], :shared] for group in members]), counts)
-    group_offsets = xp.asarray(np.cumsum([0, *map(len, tokens)]))
-    chosen = xp.asarray(np.concatenate(tokens))
-    some, some_lse = backend.attend(q[chosen], part, group_offsets, Null(), logits, exact=exact)
+    out, lse = backend.attend(q, own, xp.asarray(row_offsets), mask, logits, exact=exact, out=out)
     out[chosen], lse[chosen] = merge_states(out[chosen], lse[chosen], some, some_lse)
     return out, lse
 

@@ -32,6 +32,9 @@ class PagedKVCache(PagedMemory):
     window : int, optional
         For layers whose queries see themselves and at most ``window - 1`` tokens before: pages that no further query
         sees go back to the pool.
+    cascade : bool
+        Let causal layers on a CPU read the pages that sequences share once for all of them, as `qattn.cascade` does.
+        A token's output then differs by rounding with what is shared.
     device : str
         "cpu", or the GPU whose memory holds it: "cuda:0", …
 
@@ -56,9 +59,11 @@ class PagedKVCache(PagedMemory):
         pages: int,
         page_size: int = KEY_BLOCK,
         window: int | None = None,
+        cascade: bool = False,
         device: str = "cpu",
     ) -> None:
         super().__init__(params, sequences, pages, page_size, window, device)
+        self.cascade = cascade
 
     # Prefixes
 

