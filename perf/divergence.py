@@ -1,8 +1,9 @@
 """What rounding costs a whole model: how far its next-token distributions are from those of exact arithmetic.
 
-The Kullback-Leibler divergence KL(exact, rounded) in nats, behind each token of a text.  Exact are the weights of the file, multiplied
-in float32 with a float32 cache.  llama.cpp runs, where llama-cpp-python is installed, on the file itself, and with ``--check``
-on a copy whose weights are all float32 (4 bytes each), which must agree with what is called exact here.  Takes a minute.
+The Kullback-Leibler divergence KL(exact, rounded) in nats, behind each token of a text.  Exact are the weights of the
+file, multiplied in float32 with a float32 cache.  llama.cpp runs, where llama-cpp-python is installed, on the file
+itself, and with ``--check`` on a copy whose weights are all float32, 4 bytes each, which must agree with what is called
+exact here.  Takes a minute.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def main() -> None:
                 "tokens": len(values),
             }
         )
+    args.model, args.text = path.name, args.text.name  # in the JSON, wherever they lie
     harness.report(args, rows, x="who", y="mean KL")
 
 

@@ -120,6 +120,13 @@ def test_ends_are_the_eos_token_and_those_known_by_their_names():
     assert Tokenizer(tiny_model.metadata(tokenizer__ggml__eot_token_id=7)).ends == {7, tiny_model.END}
 
 
+def test_an_end_may_be_called_user_defined_but_not_markup():
+    types = np.array([*tiny_model.TYPES, 4, 4], np.int32)
+    tokens = [*tiny_model.TOKENS, "<|end|>", "</s>"]
+    changes = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    assert Tokenizer(tiny_model.metadata(**changes)).ends == {tiny_model.END, len(tokens) - 2}
+
+
 def test_a_surrogate_is_refused(tiny):
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         tiny.encode("a\ud800")

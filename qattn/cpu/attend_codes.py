@@ -13,13 +13,16 @@ Products are dot products of bytes, as in `qattn.cpu.matmul`.  Queries are round
 Values have a scale each, and the sum is over values, so that scales join the weights, which are never negative.  For a
 block of keys and 32 elements, the products of weight and scale are rounded to unsigned bytes relative to the largest:
 
-    out[row, element] += unit[row] · Σ_keys rounded[row, key] · level[key, element] + Σ_keys weight[row, key] · offset[key]
+    out[row, element] += unit[row] · Σ_keys rounded[row, key] · level[key, element]
+                         + Σ_keys weight[row, key] · offset[key]
 
-where levels are counted from the middle one, and offsets are that of it.  The sign of a scale goes to the levels.  Exact kernels have the same loops on float32 levels.
+where levels are counted from the middle one, and offsets are that of it.  The sign of a scale goes to the levels.
+Exact kernels have the same loops on float32 levels.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from qattn.cache_types import CacheType
@@ -31,6 +34,7 @@ from qattn.layout import CELL, PLANES
 
 QUERY_WORDS = 11  # of a cell of a query: its 8 quads, scale, start of the sum, and sum
 SCALES = 2 * LANES  # bytes of the scales of a cell, or of its offsets
+_ROUND = 1.5 * 2.0**23  # added to a small number, it rounds that to an integer and leaves it in the lowest bits
 _TINY = 1e-30  # sums of weights below it are nothing beside the largest weight of the row, which is 1
 
 
@@ -91,6 +95,13 @@ def _floats(e: Emitter, there: Pointer) -> Value:
     return e.from_f16(there.load(e.I16V))
 
 
+@micro_kernel
+def fetch(e, there, first, end):  # type: ignore[no-untyped-def]
+    """Ask for bytes first … end - 1 of an array."""
+    with e.loop((end - first + 63) >> 6) as line:
+        e.prefetch(there.at(first + line * 64), near=False)
+
+
 # ---------------------------------------------------------------------------------------------------------- keys
 
 
@@ -117,7 +128,7 @@ def load_query(e, q, panel, scale, cells, stride):  # type: ignore[no-untyped-de
 def scores_kernel(storage: Storage, rows: int) -> Any:
     """`rows` query rows, rounded, times one tile of keys → scores, a row every KEY_BLOCK floats."""
     type_, size = storage.type, cell_bytes(storage.type)
-    lines = size // 64
+    lines = size // 64  # of a cache
     signed = (255 if type_.table else (1 << type_.bits) - 1) > MAX_CODE
 
     @micro_kernel
@@ -133,10 +144,9 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
             if cell.bias and not signed:
                 integers = [(word(9, m).load(e.I32) * -cell.bias).splat(e.I32V) for m in range(rows)]
             for quad in range(8):
-                if rows < TARGET.rows and quad % (8 // lines) == 0:
+                if rows < TARGET.rows and quad % (8 // lines) == 0:  # memory binds
                     line = 64 * (quad // (8 // lines))
-                    e.prefetch(keys.at(k * (size + SCALES)).at(line + AHEAD))
-                    e.prefetch(values.at(k * (size + SCALES)).at(line))
+                    e.prefetch(keys.at(k * (size + SCALES)).at(line + AHEAD), near=False)
                 code = cell.levels(quad) if signed else cell.biased(quad)
                 for m in range(rows):
                     part = word(quad, m).load(e.I32).splat(e.I32V)
@@ -186,7 +196,7 @@ def exact_scores_kernel(storage: Storage, rows: int) -> Any:
 
 
 def weights_kernel(storage: Storage) -> Any:
-    """Round one row of weights, times the scales of a cell of each tile: a byte every key, their unit, and a constant.
+    """Round one row of weights, times the scales of a cell of each tile: a byte a key, their unit, and a constant.
 
     weights : float32;  values : the first tile;  products : room for KEY_BLOCK floats;  cell, cells : which, of how many
     """
@@ -210,8 +220,8 @@ def weights_kernel(storage: Storage) -> Any:
         unit.store(step)
         constant.store(e.sum(total.get()))
         with e.loop(tiles) as tile:
-            level = e.rounded(products.at(tile * (4 * LANES)).load(e.F32) * inverse).to(e.I32V)
-            rounded.at(tile * LANES).store(level.to(e.I8V))
+            word = e.fma(products.at(tile * (4 * LANES)).load(e.F32), inverse, e.constant(_ROUND, e.F32))
+            rounded.at(tile * LANES).store(word.bits(e.I32V).to(e.I8V))
 
     return run
 
@@ -281,7 +291,7 @@ def exact_values_kernel(storage: Storage, rows: int) -> Any:
                         sums[m] = e.fma(weight, value, sums[m])
                 for total, register in zip(sums, totals[half], strict=True):
                     register.set(total)
-        for there, total in zip(sum(outputs, []), sum(totals, []), strict=True):
+        for there, total in zip(itertools.chain(*outputs), itertools.chain(*totals), strict=True):
             there.store(total.get())
 
     return run

@@ -30,8 +30,8 @@ class Keys(NamedTuple):
     load: Callable[..., Any]
     """(q, s, row, rows, scale): put a query, (head_dim,) float32, times `scale` into row `row` of `rows`."""
     score: Callable[..., Any]
-    """(s, rows, keys, values, tile, head_dim): s.scores of one tile, the number `tile` of the block of keys; keys and
-    values are its memory."""
+    """(s, rows, keys, values, tile, head_dim, fetch): s.scores of one tile, the number `tile` of the block of keys;
+    keys and values are its memory, and memory may be asked for the values if `fetch`."""
 
 
 class Values(NamedTuple):
@@ -41,6 +41,8 @@ class Values(NamedTuple):
     """value_dim → slices of 16 elements that a row takes in s.out."""
     add: Callable[..., Any]
     """(s, rows, values, tiles, value_dim): s.out = s.out · s.factor + weights times the first so many tiles."""
+    ahead: bool
+    """Whether that asks memory for as many tiles that follow."""
 
 
 @functools.cache
@@ -78,7 +80,9 @@ def keys(storage: Storage) -> Keys:
             load_floats((q, panel, scale, head_dim, steps * BLOCK if in_blocks else steps, 4 * size))
 
     @generated(name)
-    def score(s, rows, keys, values, tile, head_dim):  # type: ignore[no-untyped-def]
+    def score(s, rows, keys, values, tile, head_dim, fetch):  # type: ignore[no-untyped-def]
+        if rounds and fetch and rows < TARGET.rows:
+            attend_codes.fetch((values, 0, values.nbytes))
         steps, size_of_row = steps_of(head_dim), row_words(head_dim)
         for block in range(0, rows, TARGET.rows):
             scores(block_size(rows - block), (s.panel[block * size_of_row :], keys, values,
@@ -92,9 +96,10 @@ def values(storage: Storage) -> Values:
     """The functions for values that are stored and multiplied like this."""
     name = f"{storage.kind}-{storage.compute}"
     if storage.type.in_blocks:
-        add = _add_codes(storage, name) if storage.compute == "int8" else _add_exact_codes(storage, name)
-        return Values(_whole_cells, add)
-    return Values(_slices, _add_floats(storage, name))
+        if storage.compute == "int8":
+            return Values(_whole_cells, _add_codes(storage, name), ahead=True)
+        return Values(_whole_cells, _add_exact_codes(storage, name), ahead=False)
+    return Values(_slices, _add_floats(storage, name), ahead=False)
 
 
 @generated("floats")
@@ -135,6 +140,10 @@ def _add_codes(storage: Storage, name: str) -> Any:
             for row in range(rows):
                 round_weights((s.weights[row * KEY_BLOCK :], values, s.query, s.rounded[row * KEY_BLOCK :],
                                s.units[row:], s.constants[row:], cell, cells, tiles, tile_bytes))  # fmt: skip
+                if rows < TARGET.rows:  # memory binds
+                    step, steps = cell * rows + row, cells * rows
+                    attend_codes.fetch((values[tiles:], step * tiles * tile_bytes // steps,
+                                        (step + 1) * tiles * tile_bytes // steps))  # fmt: skip
             for block in range(0, rows, TARGET.rows):
                 kernel(block_size(rows - block), (
                     s.rounded[block * KEY_BLOCK :], values[0, cell * size :], values[0, cells * size + cell * SCALES :],

@@ -58,7 +58,7 @@ def pack(kind: str) -> int:
 
 
 def _from_f8(e: Emitter, bits: Value) -> Value:
-    """16 e4m3 numbers, given as int8, to float32 (exact).  Moved to float16's place, their exponents are 8 too small."""
+    """16 e4m3 numbers, as int8, to float32 (exact).  Moved to float16's place, their exponents are 8 too small."""
     return e.from_f16((bits.to(e.I16V) << 7) & -0x4080) * 256.0
 
 
@@ -191,6 +191,14 @@ def query_kernel(storage: Storage) -> Any:
                     panel.at(d * stride).store(element(d))
 
     return run
+
+
+@micro_kernel
+def scale(e, x, out, factor, vectors, stride):  # type: ignore[no-untyped-def]
+    """out = x · factor, where the vectors of x are `stride` bytes apart."""
+    factors = factor.splat(e.F32)
+    with e.loop(vectors) as i:
+        out.at(i * (4 * LANES)).store(x.at(i * stride).load(e.F32) * factors)
 
 
 @micro_kernel

@@ -204,31 +204,44 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
         group, slices = heads // kv_heads, slices_of(dims)
         jobs = _plan(row_offsets, lengths, kv_heads, group)
         rows, row_lse = out.reshape(tokens * heads, dims), lse.reshape(tokens * heads)
-        most = tokens_per_job(group) * group if tokens > row_offsets.size - 1 else group
-        s = _scratch(most, row_words(q.shape[2]), slices, q.shape[2])
-        for j in range(part, jobs.shape[0], parts):
+        most = 1  # tokens of a job
+        for j in range(jobs.shape[0]):
+            most = max(most, jobs[j, 3])
+        s = _scratch(most * group, row_words(q.shape[2]), slices, q.shape[2])
+        # In prompts, later jobs see more keys.  Single tokens read memory that follows what was read before.
+        for j in share(jobs.shape[0], part, parts) if most == 1 else range(part, jobs.shape[0], parts):
             job = jobs[j]
             n, token = job[0], job[2]
             length = lengths[n]
             position = length - (row_offsets[n + 1] - token)
             run_job(job, q, cache, position, length, logits, mask, group, s)
-            for row in range(job[3] * group):
-                to, to_rows, to_lse = (token + row // group) * heads + job[1] * group + row % group, rows, row_lse
-                if job[6] >= 0:
-                    to, to_rows, to_lse = job[6] + row, partial.out, partial.lse
-                total = s.row_sum[row]
-                inverse = np.float32(1) / total if total > 0 else np.float32(0)
-                to_lse[to] = (s.row_max[row] + np.log2(total)) / _LOG2E if total > 0 else np.float32(-np.inf)
-                for d in range(dims):
-                    to_rows[to, d] = s.out[(d // LANES * s.row_max.size + row) * LANES + d % LANES] * inverse
+            _finish(job, s, group, heads, rows, row_lse, partial)
 
     return run
+
+
+@generated("rows", _nrt=False)
+def _finish(job, s, group, heads, rows, lse, partial):  # type: ignore[no-untyped-def]
+    """Write what a job has left in s, normalized, to rows and lse, or as a part."""
+    dims, slice_bytes = rows.shape[1], 4 * LANES * s.row_max.size
+    for row in range(job[3] * group):
+        to, to_rows, to_lse = (job[2] + row // group) * heads + job[1] * group + row % group, rows, lse
+        if job[6] >= 0:
+            to, to_rows, to_lse = job[6] + row, partial.out, partial.lse
+        total = s.row_sum[row]
+        inverse = np.float32(1) / total if total > 0 else np.float32(0)
+        to_lse[to] = (s.row_max[row] + np.log2(total)) / _LOG2E if total > 0 else np.float32(-np.inf)
+        whole = dims // LANES
+        attend_tiles.scale((s.out[row * LANES :], to_rows[to], inverse, whole, slice_bytes))
+        last = (whole * s.row_max.size + row) * LANES
+        for d in range(whole * LANES, dims):
+            to_rows[to, d] = s.out[last + d % LANES] * inverse
 
 
 def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -> Callable[..., Any]:
     """A function that leaves a job's unnormalized output in s.out, with s.row_max and s.row_sum."""
     _, load, score = attend_sides.keys(keys)
-    slices_of, add = attend_sides.values(values)
+    slices_of, add, ahead = attend_sides.values(values)
     softmax, masked_softmax = (attend_tiles.softmax_kernel(values, masked=hides) for hides in (False, True))
     bounds, adjust = _method(mask, "bounds", mask_name), _adjust(mask, mask_name)
     half_weights = values.compute == "bf16"
@@ -267,7 +280,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
             first_tile = start % page_keys // LANES
             keys, values = cache.keys[page, head, first_tile:], cache.values[page, head, first_tile:]
             for tile in range(tiles):
-                score(s, rows, keys[tile], values[tile], tile, cache.head_dim)
+                score(s, rows, keys[tile], values[tile], tile, cache.head_dim, start == low or not ahead)
             for row in range(rows):
                 query = position + row // group
                 first, end = bounds(mask, query, length)

@@ -116,7 +116,8 @@ def _codes(tiles: Array, type_: CacheType, of_keys: bool) -> Array:
     (heads, count), cells, size = tiles.shape[:2], tiles.shape[2] // _cell_size(type_), cell_bytes(type_)
     factors = np.ascontiguousarray(tiles[:, :, cells * size :]).view(np.float16).astype(np.float32)
     factors = factors.reshape(heads, count, -1, cells, LANES).transpose(2, 1, 4, 0, 3)[..., None]
-    planes, codes, low = tiles[:, :, : cells * size].reshape(heads, count, cells, -1, 64), None, 0
+    planes, low = tiles[:, :, : cells * size].reshape(heads, count, cells, -1, 64), 0
+    codes: Any = None
     for plane in PLANES[type_.bits]:
         shifts = np.arange(0, 8, plane, dtype=np.uint8)[:, None]
         vectors, planes = planes[:, :, :, :plane], planes[:, :, :, plane:]
@@ -154,7 +155,9 @@ class Rows:
         element = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}.get(params.key_kind)
         if element is None or params.key_kind != params.value_kind or params.hadamard:
             told = f"{params.dtype}{', turned by a Hadamard matrix' if params.hadamard else ''}"
-            raise NotImplementedError(f"a cache of {told} works on a CPU alone; a GPU's is float32, float16 or bfloat16")
+            raise NotImplementedError(
+                f"a cache of {told} works on a CPU alone; a GPU's is float32, float16 or bfloat16"
+            )
         heads, xp = (sequences, params.n_kv_heads, capacity), devices.namespace(self._device)
         with devices.current(self._device):
             return xp.zeros((*heads, params.head_dim), element), xp.zeros((*heads, params.values), element)

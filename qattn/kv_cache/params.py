@@ -91,4 +91,3 @@ class KVCacheParams:
     def bytes_per_token(self) -> int:
         """Bytes that a token takes."""
         return self.n_kv_heads * (self.key_type.row_bytes(self.head_dim) + self.value_type.row_bytes(self.values))
-

@@ -80,10 +80,10 @@ class Tokenizer:
             reader.token(_KEYS.BOS_ID, 1 if spm else None),
             reader.token(_KEYS.EOS_ID, 2 if spm else None),
         )
-        self.ends = self._find_ends(reader)
         template = metadata.get(_KEYS.CHAT_TEMPLATE)
         self.chat_template: str | None = template if isinstance(template, str) else None
         self._id_of = self._texts(TokenType.USER_DEFINED, *_SPECIAL)
+        self.ends = self._find_ends(reader)
         self._strips = self._find_stripping(metadata)
 
     @classmethod
@@ -104,7 +104,8 @@ class Tokenizer:
 
     def _find_ends(self, reader: _Reader) -> frozenset[int]:
         named = {reader.token(key, None) for key in (_KEYS.EOT_ID, _KEYS.EOM_ID)} | {self.eos}
-        known = {index for text, index in self._texts(*_SPECIAL).items() if text in _END_TEXTS}
+        markup = self._texts(TokenType.USER_DEFINED).get("</s>")  # Gemma's strikes text out
+        known = {index for text, index in self._id_of.items() if text in _END_TEXTS and index != markup}
         return frozenset(known | {token for token in named if token is not None})
 
     def _find_stripping(self, metadata: Mapping[str, Any]) -> frozenset[int]:
