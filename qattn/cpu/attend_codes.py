@@ -198,7 +198,7 @@ def exact_scores_kernel(storage: Storage, rows: int) -> Any:
 def weights_kernel(storage: Storage) -> Any:
     """Round one row of weights, times the scales of a cell of each tile: a byte a key, their unit, and a constant.
 
-    weights : float32;  values : the first tile;  products : room for KEY_BLOCK floats;  cell, cells : which, of how many
+    weights : float32;  values : the first tile;  products : KEY_BLOCK floats of room;  cell, cells : which, of how many
     """
     type_, size = storage.type, cell_bytes(storage.type)
 
