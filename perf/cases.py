@@ -117,7 +117,7 @@ class Layers:
 
     def __init__(self, name: str, shape: Shape = Shape()) -> None:  # noqa: B008
         first = random_layer(name, shape)
-        self.bytes, self.params, self.shape = layer_bytes(first), first.kv_params, shape
+        self.bytes, self.params, self.shape = first.nbytes, first.kv_params, shape
         self.all = [first, *(random_layer(name, shape) for _ in range(harness.copies(self.bytes) - 1))]
 
     def step(self, tokens: int, depth: int, sequences: int = 1) -> Callable[[], object]:
@@ -131,11 +131,6 @@ class Layers:
             layer(x, kv_cache=cache, row_offsets=offsets)
 
         return harness.in_turn(zip(self.all, caches, strict=True), call)
-
-
-def layer_bytes(layer: qattn.GGUFQAttentionWithRope) -> int:
-    """Bytes of a layer's packed weights, all of which a step reads."""
-    return int(layer._qkv_proj.nbytes + layer.o_proj.weights.nbytes)  # type: ignore[union-attr]
 
 
 def write_llama(path: Path, name: str, layers: int, shape: Shape = Shape()) -> Path:  # noqa: B008

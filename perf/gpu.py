@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import harness
 import numpy as np
-from cases import Shape, gaussian, layer_bytes, random_layer, random_weights
+from cases import Shape, gaussian, random_layer, random_weights
 
 import qattn
 from qattn import devices, formats, masks
@@ -179,7 +179,7 @@ class Bench:
         program = cuda.Program()
         with program.recording():
             layer.forward(x, cache, batch, layer.rope.rotation(1, self.device))
-        yield self.row(f"{name} layer, one token, from a graph", self.seconds(program.replay), moved=layer_bytes(layer))
+        yield self.row(f"{name} layer, one token, from a graph", self.seconds(program.replay), moved=layer.nbytes)
 
 
 def measure(

@@ -21,7 +21,7 @@ from typing import Any
 import harness
 import numpy as np
 import roofline
-from cases import Layers, Shape, gaussian, layer_bytes, random_cache, write_llama
+from cases import Layers, Shape, gaussian, random_cache, write_llama
 
 import qattn
 from qattn.backends import cpu
@@ -108,7 +108,7 @@ def _memory(small: Path, large: Path, depth: int) -> list[float]:
     layer = qattn.GGUFQAttentionWithRope.from_gguf(large)
     layer.kv_cache = random_cache(layer.kv_params, depth, room=512)
     layer(gaussian(512, SHAPE.hidden))
-    return [n / 1e6 for n in (before, harness.peak_rss(), layer_bytes(layer), layer.kv_cache.nbytes)]
+    return [n / 1e6 for n in (before, harness.peak_rss(), layer.nbytes, layer.kv_cache.nbytes)]
 
 
 def main() -> None:

@@ -217,6 +217,7 @@ class AttentionWithRope:
         given.end()
         packed_wo = PackedMatrix(wo).to(self.device) if self.linear_cls is Linear else wo
         self.o_proj = self.linear_cls(packed_wo, state.get("o_proj.bias"), precision=self.precision)
+        self._output_nbytes = packed_wo.nbytes
         self._projection, self._memory, self._logits = projection, memory, logits
         self._norms, self._output_norm = norms, output_norm
         self._output_factor = None
@@ -236,6 +237,11 @@ class AttentionWithRope:
     def wqkv_bias(self) -> Array | None:
         """The fused bias of q, k and v, (outputs,) float32, or None."""
         return None if self._projection is None else self._projection.bias
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights, all of which a step reads."""
+        return self._loaded().nbytes + self._output_nbytes
 
     def _loaded(self) -> Projection | LatentProjection:
         if self._projection is None:

@@ -15,6 +15,7 @@ import numpy as np
 from qattn import ops
 from qattn._backend import namespace
 from qattn.architectures import AttentionConfig, Norm
+from qattn.array import QuantArray
 from qattn.head_steps import HeadNorm
 from qattn.packing import PackedMatrix
 from qattn.state import State
@@ -33,13 +34,19 @@ class LatentProjection:
         self._config, self._latent, self._precision = config, config.latent, precision
         c, latent, heads = config, config.latent, config.num_attention_heads
         plain = latent.key_dim - latent.rope_dims
+        self.nbytes = 0
+        """Bytes of the packed weights."""
+
+        def packed(weights: QuantArray) -> PackedMatrix:
+            matrix = PackedMatrix(weights).to(device)
+            self.nbytes += matrix.nbytes
+            return matrix
 
         def load(name: str, rows: int, columns: int) -> tuple[PackedMatrix, float]:
-            return PackedMatrix(state.matrix(name, rows, columns)).to(device), state.factor(name)
+            return packed(state.matrix(name, rows, columns)), state.factor(name)
 
         def load_each(name: str, rows: int, columns: int) -> tuple[list[PackedMatrix], float]:
-            parts = state.matrices(name, heads, rows, columns)
-            return [PackedMatrix(part).to(device) for part in parts], state.factor(name)
+            return [packed(part) for part in state.matrices(name, heads, rows, columns)], state.factor(name)
 
         norm = Norm("rms", latent.epsilon)
         if latent.q_rank:

@@ -96,6 +96,11 @@ class Projection:
         """Columns of a row."""
         return self._packed.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self._packed.nbytes
+
     def __call__(self, x: Array) -> Array:
         """x (tokens, hidden_size) → (tokens, outputs) float32."""
         backend, limit = backends.of(x), self._config.clamp_qkv

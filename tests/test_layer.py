@@ -15,6 +15,7 @@ from qattn import (
     KVCache,
     KVCacheParams,
     MHAMaskVariant,
+    PackedMatrix,
     QuantArray,
     RotaryEmbedding,
     masks,
@@ -164,6 +165,7 @@ def test_wqkv_is_the_fused_array():
     assert np.array_equal(np.asarray(attn.wqkv[: HEADS * DIM]), np.asarray(given["q_proj.weight"]))
     assert np.array_equal(attn.wqkv_bias, np.concatenate([given[f"{n}_proj.bias"] for n in "qkv"]))
     assert layer().wqkv_bias is None
+    assert attn.nbytes == PackedMatrix(attn.wqkv).nbytes + PackedMatrix(given["o_proj.weight"]).nbytes
 
 
 def test_a_fused_tensor_is_the_same_layer():
