@@ -43,6 +43,28 @@ def test_saved_there_and_loaded_there(cupy, tmp_path):
         KVCache(there.params).load(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "hadamard"), [("q8_0/q4_0", False), ("q5_1", True), ("float16/iq4_nl", False), ("float8", True)]
+)
+def test_codes(cupy, dtype, hadamard):
+    """Rounding to codes magnifies the last bit in which devices may differ."""
+    params, outs, kept = KVCacheParams(PARAMS.n_kv_heads, PARAMS.head_dim, dtype=dtype, hadamard=hadamard), [], []
+    for device in ("cpu", "cuda:0"):
+        attn, made = layer(devices=[device], kv_params=params), []
+        cache = PagedKVCache(params, 2, pages=6, device=device)
+        for counts in ([130, 3], [1, 1], [5, 0]):
+            x = normal((sum(counts), HIDDEN), counts[0])
+            given = x if device == "cpu" else cupy.asarray(x)
+            made.append(attn(given, kv_cache=cache, row_offsets=np.cumsum([0, *counts])))
+            cache.fork(0, 1)
+            cache.remove(1, 2, 100)
+            cache.shift(1, 2, None, -98, ROPE)
+        outs.append(np.concatenate([np.asarray(each if device == "cpu" else each.get()) for each in made]))
+        kept.append(cache.read(1))
+    assert nmse(outs[1], outs[0]) < 1e-4
+    assert all(nmse(*pair) < 1e-4 for pair in zip(*kept, strict=True))
+
+
 def test_a_cascade(cupy):
     q, pair = normal((4, 4, 8)), (normal((260, 2, 8), 1), normal((260, 2, 8), 2))
     outs = []

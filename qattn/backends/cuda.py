@@ -16,6 +16,7 @@ from qattn.cuda import heads as cuda_heads
 from qattn.cuda import matmul as cuda_matmul
 from qattn.cuda import rope as cuda_rope
 from qattn.cuda.activations import Activations, quantize
+from qattn.cuda.attend_variant import Storage
 from qattn.cuda.dequantize import dequantize as dequantize
 from qattn.cuda.program import Program as Program
 from qattn.cuda.unpack import unpack as unpack_part
@@ -93,9 +94,23 @@ def rotate_heads(rows: Array, heads: int, size: int, rotation: Rotation, angles:
 
 
 def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q: Array) -> None:
-    """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cuda.rope`."""
+    """Rotate queries into q, append rotated keys, and values, to a cache that has room: see `qattn.cuda.rope`.
+
+    Rows are overwritten if the cache is one that turns keys and values by a Hadamard matrix.
+    """
+    params, heads = cache.params, q.shape[1]
+    if params.hadamard:
+        rotate_heads(qkv, heads + params.n_kv_heads, params.head_dim, rotation, batch.angles)
+        cuda_heads.hadamard(qkv, heads * params.head_dim, params.n_kv_heads, params.head_dim)
+        first = (heads + params.n_kv_heads) * params.head_dim
+        cuda_heads.hadamard(qkv, first, params.n_kv_heads, params.values)
+        rotation = Rotation(rotation.cos[:, :0], rotation.sin[:, :0], rotation.neox)
     cos, sin, neox = rotation
-    cuda_rope.rotate_and_store(cache.params.kind, qkv, cos, sin, batch, neox, cache.view(), cache.counts, q)
+    cuda_rope.rotate_and_store(_storage(params), qkv, cos, sin, batch, neox, cache.view(), cache.counts, q)
+
+
+def _storage(params: Any, exact: bool = False) -> Storage:
+    return Storage(params.key_kind, params.value_kind, exact)
 
 
 def attend(
@@ -104,16 +119,21 @@ def attend(
     """Attention of the last tokens of each sequence in a cache: out (tokens, heads, value_dim), lse (tokens, heads).
 
     q : (tokens, heads, head_dim) float32, rotated;  row_offsets : (sequences + 1,) int64
-    16-bit caches are multiplied by tensor cores, q and weights rounded to their type, unless `exact`.
+        Overwritten if the cache is one that turns keys and values by a Hadamard matrix.
+    Tensor cores multiply, q and weights rounded to 16 bits, unless the cache is float32 or this `exact`.
     """
     import cupy
 
-    kind, view = cache.params.kind, cache.view()
-    storage = cuda_attention.Storage(kind, "f32" if exact else kind)
+    params, view = cache.params, cache.view()
+    if params.hadamard:
+        cuda_heads.hadamard(q.reshape(len(q), -1), 0, q.shape[1], params.head_dim)
     out = cupy.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
     lse = cupy.empty(q.shape[:2], np.float32)
     partial = cuda_attention.Partial.room(len(q), len(row_offsets) - 1, q.shape[1], view)
+    storage = _storage(params, exact)
     cuda_attention.attend(storage, q, view, row_offsets, cache.counts, mask, logits, out, lse, partial)
+    if params.hadamard:
+        cuda_heads.hadamard(out.reshape(len(out), -1), 0, out.shape[1], params.values)
     return out, lse
 
 
@@ -122,11 +142,11 @@ def rotate_and_attend(
 ) -> None:
     """out (tokens, heads, value_dim) = attention of projected rows, which are rotated and appended to the cache.
 
-    One launch, and a small one that merges parts, where each sequence has one token.
+    One launch, and a small one that merges parts, where each sequence has one token and the cache is of 16 bits.
     """
-    kind, (tokens, heads, value_dim) = cache.params.kind, out.shape
-    storage = cuda_attention.Storage(kind, "f32" if exact else kind)
-    if not batch.one_each or cuda_attention.path(storage, cache.params.head_dim, value_dim) == "exact":
+    storage, (tokens, heads, value_dim) = _storage(cache.params, exact), out.shape
+    plain = {storage.keys, storage.values} <= {"f16", "bf16"} and not cache.params.hadamard
+    if not (plain and batch.one_each and cuda_attention.path(storage, cache.params.head_dim, value_dim) == "tensor"):
         q = scratch("q", (tokens, heads, cache.params.head_dim))
         rotate_and_store(qkv, rotation, batch, cache, q)
         attend(q, cache, batch.row_offsets, mask, logits, exact=exact, out=out)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, int32, int64, uint16, uint32
 
 from qattn.cuda import ptx
+from qattn.cuda.attend_codes import piece, stride
 from qattn.cuda.attend_tiles import (
     RESULTS,
     find_tile,
@@ -43,10 +44,10 @@ from qattn.cuda.attend_variant import (
     EMPTY,
     GIVEN,
     HIDDEN,
+    Storage,
     Variant,
     bases_of,
     bounds_of,
-    memory,
     scores_of,
     sees_of,
 )
@@ -102,32 +103,36 @@ class Sizes(NamedTuple):
 
 
 def product(kind: str) -> Any:
-    """The tensor cores' product of that type."""
-    return ptx.mma_f16 if kind == "f16" else ptx.mma_bf16
+    """The tensor cores' product for keys or values of that kind."""
+    return ptx.mma_bf16 if kind == "bf16" else ptx.mma_f16
 
 
 def pack(kind: str) -> Any:
-    """Two float32 → two numbers of that type in a register."""
-    return ptx.pack_f16 if kind == "f16" else ptx.pack_bf16
+    """Two float32 → two numbers in a register that they can be multiplied with."""
+    return ptx.pack_bf16 if kind == "bf16" else ptx.pack_f16
+
+
+def query_kind(storage: Storage) -> str:
+    """What queries are rounded to."""
+    return "bf16" if storage.keys == "bf16" else "f16"
 
 
 def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Device functions (bring, multiply): 16 keys to a lane's slots at a shared address, and their products with q."""
     head_dim, mma = sizes.head_dim, product(kind)
-    full, half, row = head_dim // 32, head_dim % 32 // 16, 2 * sizes.query_stride
+    full, half, row, between = head_dim // 32, head_dim % 32 // 16, 2 * sizes.query_stride, stride(kind, head_dim)
+    (begin8, taken8), (begin4, taken4) = piece(kind, head_dim, 8), piece(kind, head_dim, 4)
 
     @device
     def bring(keys, at, r, c, to):  # type: ignore[no-untyped-def]
-        there = at + int64(uint32(r * head_dim + c * 8))
+        """The first key begins at keys[at]."""
+        there = at + int64(uint32(r * between))
         for i in range(full):
             for tile in range(2):
-                ptx.copy_async_16(keys, there + (8 * head_dim * tile + 32 * i), to + uint32((2 * i + tile) * _SLOT))
+                begin8(keys, there + 8 * between * tile, 8 * c, 32 * i, to + uint32((2 * i + tile) * _SLOT))
         if half:
-            there = at + int64(uint32(r * head_dim + c * 4))
             for tile in range(2):
-                ptx.copy_async_8(
-                    keys, there + (8 * head_dim * tile + 32 * full), to + uint32((2 * full + tile) * _SLOT)
-                )
+                begin4(keys, there + 8 * between * tile, 4 * c, 32 * full, to + uint32((2 * full + tile) * _SLOT))
 
     @device
     def multiply(queries, from_, r, c, s):  # type: ignore[no-untyped-def]
@@ -139,7 +144,7 @@ def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..
             q0, q1, q2, q3 = ptx.load_shared_16(there)
             p0, p1, p2, p3 = ptx.load_shared_16(there + uint32(8 * row))
             for tile in range(2):
-                k0, k1, k2, k3 = ptx.load_shared_16(from_ + uint32((2 * i + tile) * _SLOT))
+                k0, k1, k2, k3 = taken8(from_ + uint32((2 * i + tile) * _SLOT), 8 * c, 32 * i)
                 t = 4 * tile
                 s[t], s[t + 1], s[t + 2], s[t + 3] = mma(q0, p0, q1, p1, k0, k1, s[t], s[t + 1], s[t + 2], s[t + 3])
                 s[t], s[t + 1], s[t + 2], s[t + 3] = mma(q2, p2, q3, p3, k2, k3, s[t], s[t + 1], s[t + 2], s[t + 3])
@@ -148,7 +153,7 @@ def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..
             q0, q1 = ptx.load_shared_8(there)
             p0, p1 = ptx.load_shared_8(there + uint32(8 * row))
             for tile in range(2):
-                k0, k1 = ptx.load_shared_8(from_ + uint32((2 * full + tile) * _SLOT))
+                k0, k1 = taken4(from_ + uint32((2 * full + tile) * _SLOT), 4 * c, 32 * full)
                 t = 4 * tile
                 s[t], s[t + 1], s[t + 2], s[t + 3] = mma(q0, p0, q1, p1, k0, k1, s[t], s[t + 1], s[t + 2], s[t + 3])
 
@@ -161,23 +166,24 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
     A piece of a value is 64 elements, 8 for each r, or at the end 32 or 16, 4 or 2 for each.  `o` holds four sums for
     each eight elements.
     """
-    value_dim, mma = sizes.value_dim, product(kind)
+    value_dim, mma, between = sizes.value_dim, product(kind), stride(kind, sizes.value_dim)
     wide, rest4, rest2 = value_dim // 64, value_dim % 64 // 32, value_dim % 32 // 16
     slots = sizes.key_slots * _SLOT
     start4, start2 = 64 * wide, 64 * wide + 32 * rest4
     slot4, slot2 = slots + 4 * wide * _SLOT, slots + 4 * (wide + rest4) * _SLOT
+    (begin8, taken8), (begin4, taken4), (begin2, taken2) = (piece(kind, value_dim, width) for width in (8, 4, 2))
 
     @device
     def bring(values, at, r, c, to):  # type: ignore[no-untyped-def]
+        """The first value begins at values[at]."""
         for i in range(4):
-            there = at + int64(uint32((2 * c + i % 2 + i // 2 * 8) * value_dim))
-            for piece in range(wide):
-                slot = uint32(slots + (4 * piece + i) * _SLOT)
-                ptx.copy_async_16(values, there + int64(uint32(8 * r)) + 64 * piece, to + slot)
+            there = at + int64(uint32((2 * c + i % 2 + i // 2 * 8) * between))
+            for n in range(wide):
+                begin8(values, there, 8 * r, 64 * n, to + uint32(slots + (4 * n + i) * _SLOT))
             if rest4:
-                ptx.copy_async_8(values, there + int64(uint32(4 * r)) + start4, to + uint32(slot4 + i * _SLOT))
+                begin4(values, there, 4 * r, start4, to + uint32(slot4 + i * _SLOT))
             if rest2:
-                ptx.copy_async_4(values, there + int64(uint32(2 * r)) + start2, to + uint32(slot2 + i * _SLOT))
+                begin2(values, there, 2 * r, start2, to + uint32(slot2 + i * _SLOT))
 
     @device
     def add_products(p, v, count, o, first):  # type: ignore[no-untyped-def]
@@ -191,20 +197,20 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
                 )
 
     @device
-    def multiply(p, from_, v, o):  # type: ignore[no-untyped-def]
+    def multiply(p, from_, v, r, o):  # type: ignore[no-untyped-def]
         """`v` has room for a lane's 16 words of a piece: w-th words of the four keys are w, 4 + w, 8 + w and 12 + w."""
-        for piece in range(wide):
+        for n in range(wide):
             for i in range(4):
-                there = from_ + uint32(slots + (4 * piece + i) * _SLOT)
-                v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3] = ptx.load_shared_16(there)
-            add_products(p, v, 8, o, 32 * piece)
+                there = from_ + uint32(slots + (4 * n + i) * _SLOT)
+                v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3] = taken8(there, 8 * r, 64 * n)
+            add_products(p, v, 8, o, 32 * n)
         if rest4:
             for i in range(4):
-                v[4 * i], v[4 * i + 1] = ptx.load_shared_8(from_ + uint32(slot4 + i * _SLOT))
+                v[4 * i], v[4 * i + 1] = taken4(from_ + uint32(slot4 + i * _SLOT), 4 * r, start4)
             add_products(p, v, 4, o, start4 // 2)
         if rest2:
             for i in range(4):
-                v[4 * i] = ptx.load_shared_4(from_ + uint32(slot2 + i * _SLOT))
+                (v[4 * i],) = taken2(from_ + uint32(slot2 + i * _SLOT), 2 * r, start2)
             add_products(p, v, 2, o, start2 // 2)
 
     @device
@@ -218,8 +224,8 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
     @device
     def spread(o, factor0, factor1, sums, r, c):  # type: ignore[no-untyped-def]
         """Put a warp's sums, times a factor for each row, in order: sums (16, value_dim)."""
-        for piece in range(wide):
-            spread_piece(o, 8, 64 * piece, factor0, factor1, sums, r, c)
+        for n in range(wide):
+            spread_piece(o, 8, 64 * n, factor0, factor1, sums, r, c)
         if rest4:
             spread_piece(o, 4, start4, factor0, factor1, sums, r, c)
         if rest2:
@@ -261,12 +267,13 @@ def _softmax(variant: Variant) -> Callable[..., Any]:
 
 
 @functools.cache
-def block_steps(kind: str, variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Device functions (walk, finish): what a block does with its keys, and with the result."""
-    bring_keys, multiply_keys = _key_steps(kind, sizes)
-    bring_values, multiply_values, spread = _value_steps(kind, sizes)
+    bring_keys, multiply_keys = _key_steps(storage.keys, sizes)
+    bring_values, multiply_values, spread = _value_steps(storage.values, sizes)
     weigh, (_, _, sink_of), (base_of, base_for) = _softmax(variant), scores_of(variant), bases_of(variant.paged)
-    head_dim, value_dim, warps, packed = sizes.head_dim, sizes.value_dim, sizes.warps, pack(kind)
+    key_stride, value_stride = stride(storage.keys, sizes.head_dim), stride(storage.values, sizes.value_dim)
+    value_dim, warps, packed = sizes.value_dim, sizes.warps, pack(storage.values)
     stage, ring, sums_at, peaks_at, size = sizes.stage, sizes.ring, sizes.ring // 4, sizes.peaks // 4, ROWS * value_dim
 
     @device
@@ -288,15 +295,15 @@ def block_steps(kind: str, variant: Variant, sizes: Sizes) -> tuple[Callable[...
             state[2 + i] = float32(1) if c == 0 and state[i] > float32(HIDDEN) else float32(0)
         base = base_of(cache, sequence, head, int32(min(key, last)))
         if key < end:
-            bring_keys(cache.keys, (base + key) * head_dim, r, c, here)
-            bring_values(cache.values, (base + key) * value_dim, r, c, here)
+            bring_keys(cache.keys, (base + key) * key_stride, r, c, here)
+            bring_values(cache.values, (base + key) * value_stride, r, c, here)
         ptx.commit_copies()
         base = base_for(cache, sequence, head, int32(min(key + step, last)), base)
         while key < end:
             after = int32(key + step)
             if after < end:
-                bring_keys(cache.keys, (base + after) * head_dim, r, c, other)
-                bring_values(cache.values, (base + after) * value_dim, r, c, other)
+                bring_keys(cache.keys, (base + after) * key_stride, r, c, other)
+                bring_values(cache.values, (base + after) * value_stride, r, c, other)
             ptx.commit_copies()
             base = base_for(cache, sequence, head, int32(min(after + step, last)), base)  # early: others depend on it
             ptx.wait_for_older_copies()
@@ -306,7 +313,7 @@ def block_steps(kind: str, variant: Variant, sizes: Sizes) -> tuple[Callable[...
                 o[i] = o[i] * (shrink0 if i % 4 < 2 else shrink1)
             for i in range(4):
                 p[i] = packed(s[2 * i], s[2 * i + 1])
-            multiply_values(p, here, v, o)
+            multiply_values(p, here, v, r, o)
             here, other = other, here
             key = after
 
@@ -359,17 +366,17 @@ def block_steps(kind: str, variant: Variant, sizes: Sizes) -> tuple[Callable[...
 
 
 @functools.cache
-def decode_kernel(kind: str, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
-    """The kernel for a cache of that kind, and heads of these sizes; launched with `Sizes.launch`."""
+def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
+    """The kernel for a cache of these kinds, and heads of these sizes; launched with `Sizes.launch`."""
     sizes = Sizes(head_dim, value_dim)
-    bounds, narrowed, sums = bounds_of(variant.mask), narrow_for(kind), value_dim // 2
+    bounds, narrowed, sums = bounds_of(variant.mask), narrow_for(query_kind(storage)), value_dim // 2
     stride, warps, sinking = sizes.query_stride, sizes.warps, int(variant.sinks)
-    (row_of, _, _), (walk, finish) = scores_of(variant), block_steps(kind, variant, sizes)
+    (row_of, _, _), (walk, finish) = scores_of(variant), block_steps(storage, variant, sizes)
 
     @kernel(
         "f32* cache i64* i64* f32 results i32 i32 i32 i32 given",
-        f"{kind}_{variant.key}_{head_dim}_{value_dim}",
-        cache=memory("u16"), results=RESULTS, given=GIVEN,
+        f"{storage.key}_{variant.key}_{head_dim}_{value_dim}",
+        cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
     def decode(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, parts, given):  # type: ignore[no-untyped-def]
         shared, queries = cuda.shared.array(0, float32, 16), cuda.shared.array(0, uint16, 16)

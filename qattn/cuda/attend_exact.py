@@ -9,26 +9,26 @@ lanes multiply with, queries and weights, they read four at a time.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint32
 
 from qattn.cuda import ptx
+from qattn.cuda.attend_codes import element_of, stride_of
 from qattn.cuda.attend_tiles import RESULTS, find_tile, inverse, natural_lse, part_of, row_at
 from qattn.cuda.attend_variant import (
     EMPTY,
     GIVEN,
     HIDDEN,
+    Storage,
     Variant,
     bases_of,
     bounds_of,
-    memory,
     scores_of,
     sees_of,
 )
 from qattn.cuda.kernel import Kernel, device, kernel
-from qattn.cuda.rope import ELEMENT
-from qattn.cuda.values import widen_for
 from qattn.cuda.warps import warp_max, warp_sum
 
 ROWS = 4  # of a warp
@@ -58,34 +58,43 @@ class Sizes(NamedTuple):
 
 
 @functools.cache
-def exact_kernel(kind: str, variant: Variant) -> Kernel:
-    """The kernel for a cache of that kind."""
-    bounds, sees, wide = bounds_of(variant.mask), sees_of(variant.mask), widen_for(kind)
-    (row_of, change, sink_of), (base_of, base_for) = scores_of(variant, precise=True), bases_of(variant.paged)
+def _bring(kind: str) -> Callable[..., Any]:
+    """A device function for a block: elements start … start + 63 of 32 keys to shared memory; 0 behind the last."""
+    stride, element = stride_of(kind), element_of(kind)
 
     @device
-    def bring(there, at, size, start, shared):  # type: ignore[no-untyped-def]
-        """Elements start … start + 63 of 32 keys, (size) each from `at` on, to shared memory; 0 behind the last."""
+    def bring(there, first, size, start, shared):  # type: ignore[no-untyped-def]
         cuda.syncthreads()
-        i = int32(cuda.threadIdx.x)
+        between = stride(size)
+        at, i = first * between, int32(cuda.threadIdx.x)
         while i < KEYS * CHUNK:
             key, d = int32(i >> 6), int32((i & 63) + start)
             value = float32(0)
             if d < size:
-                value = wide(there[at + key * size + d])
+                value = element(there, at + key * between, size, d)
             shared[uint32(key * STRIDE + (i & 63))] = value
             i = int32(i + cuda.blockDim.x)
         cuda.syncthreads()
 
+    return bring  # type: ignore[no-any-return]
+
+
+@functools.cache
+def exact_kernel(storage: Storage, variant: Variant) -> Kernel:
+    """The kernel for a cache of these kinds."""
+    bounds, sees = bounds_of(variant.mask), sees_of(variant.mask)
+    bring_keys, bring_values = _bring(storage.keys), _bring(storage.values)
+    (row_of, change, sink_of), (base_of, base_for) = scores_of(variant, precise=True), bases_of(variant.paged)
+
     @device
-    def score(keys, at, head_dim, row, tile, queries, s):  # type: ignore[no-untyped-def]
+    def score(keys, key, head_dim, row, tile, queries, s):  # type: ignore[no-untyped-def]
         """s = the products of the warp's rows with the lane's key; `queries` is the shared address of all rows."""
         lane, stride = int32(cuda.threadIdx.x & 31), int32((head_dim + 3) & ~3)
         for m in range(ROWS):
             s[m] = float32(0)
         start = int32(0)
         while start < head_dim:
-            bring(keys, at, head_dim, start, tile)
+            bring_keys(keys, key, head_dim, start, tile)
             d, end = int32(0), int32(min(CHUNK, head_dim - start))
             while d < end:
                 at_d = uint32(lane * STRIDE + d)
@@ -98,25 +107,25 @@ def exact_kernel(kind: str, variant: Variant) -> Kernel:
             start = int32(start + CHUNK)
 
     @device
-    def collect(values, at, value_dim, row, tile, weights, sums, factor):  # type: ignore[no-untyped-def]
+    def collect(values, key, value_dim, row, tile, weights, sums, factor):  # type: ignore[no-untyped-def]
         """sums = sums · factor + weights · values for the warp's rows; `weights` is a shared address."""
         total = cuda.local.array(ROWS, float32)
         start = int32(0)
         while start < value_dim:
-            bring(values, at, value_dim, start, tile)
+            bring_values(values, key, value_dim, start, tile)
             d = int32(cuda.threadIdx.x & 31)
             while d < CHUNK and d + start < value_dim:
                 for m in range(ROWS):
                     total[m] = float32(sums[uint32((row + m) * value_dim + start + d)] * factor[m])
-                key = int32(0)
-                while key < KEYS:
-                    at_d = uint32(key * STRIDE + d)
+                n = int32(0)
+                while n < KEYS:
+                    at_d = uint32(n * STRIDE + d)
                     v0, v1, v2, v3 = tile[at_d], tile[at_d + STRIDE], tile[at_d + 2 * STRIDE], tile[at_d + 3 * STRIDE]
                     for m in range(ROWS):
-                        p0, p1, p2, p3 = ptx.load_shared_16(weights + uint32(4 * ((row + m) * KEYS + key)))
+                        p0, p1, p2, p3 = ptx.load_shared_16(weights + uint32(4 * ((row + m) * KEYS + n)))
                         total[m] = float32(total[m] + ptx.float_of(p0) * v0 + ptx.float_of(p1) * v1)
                         total[m] = float32(total[m] + ptx.float_of(p2) * v2 + ptx.float_of(p3) * v3)
-                    key = int32(key + 4)
+                    n = int32(n + 4)
                 for m in range(ROWS):
                     sums[uint32((row + m) * value_dim + start + d)] = total[m]
                 d = int32(d + 32)
@@ -124,8 +133,8 @@ def exact_kernel(kind: str, variant: Variant) -> Kernel:
 
     @kernel(
         "f32* cache i64* i64* f32 results i32 i32 i32 i32 i32 i32 given",
-        f"{kind}_{variant.key}",
-        cache=memory(ELEMENT[kind]), results=RESULTS, given=GIVEN,
+        f"{storage.key}_{variant.key}",
+        cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
     def exact(  # type: ignore[no-untyped-def]
         q, cache, row_offsets, lengths, scale, results, sequences, heads, head_dim, value_dim, few, parts, given
@@ -192,7 +201,7 @@ def exact_kernel(kind: str, variant: Variant) -> Kernel:
         base = base_of(cache, sequence, head, int32(min(key, max(end - 1, 0))))
         while key < end:
             base = base_for(cache, sequence, head, key, base)
-            score(cache.keys, (base + key) * head_dim, head_dim, row, tile, queries_at, s)
+            score(cache.keys, base + key, head_dim, row, tile, queries_at, s)
             for m in range(ROWS):
                 here = row_of(given, targets[m], heads, shift)
                 seen = key + lane >= firsts[m] and key + lane < ends[m] and sees(given, here.query, key + lane)
@@ -203,7 +212,7 @@ def exact_kernel(kind: str, variant: Variant) -> Kernel:
                 total[m] = float32(total[m] * factor[m] + p)
                 peak[m] = largest
                 weights[uint32((row + m) * KEYS + lane)] = p
-            collect(cache.values, (base + key) * value_dim, value_dim, row, tile, weights_at, sums, factor)
+            collect(cache.values, base + key, value_dim, row, tile, weights_at, sums, factor)
             key = int32(key + KEYS)
 
         for m in range(ROWS):

@@ -15,27 +15,27 @@ from numba import cuda, float32, int32, int64, uint16, uint32
 from qattn.cuda import ptx
 from qattn.cuda.attend_decode import ROWS, Sizes, block_steps
 from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, leave_empty, part_of, row_at
-from qattn.cuda.attend_variant import GIVEN, Variant, bases_of, bounds_of, memory, scores_of
+from qattn.cuda.attend_variant import GIVEN, Storage, Variant, bases_of, bounds_of, scores_of
 from qattn.cuda.kernel import Kernel, kernel
 from qattn.cuda.rope import BATCH, store_value, turn_head
 
 
 @functools.cache
-def fused_kernel(kind: str, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
-    """The kernel for a cache of that kind, and heads of these sizes; launched with `Sizes.launch`.
+def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
+    """The kernel for a cache of these kinds, of 16 bits, and heads of these sizes; launched with `Sizes.launch`.
 
     Block (tile · kv_heads + head, part): each token has as many tiles as its group needs.
     """
     sizes = Sizes(head_dim, value_dim)
     bounds, stride, sums, warps = bounds_of(variant.mask), sizes.query_stride, value_dim // 2, sizes.warps
     (row_of, _, _), (base_of, _), sinking = scores_of(variant), bases_of(variant.paged), int(variant.sinks)
-    walk, finish = block_steps(kind, variant, sizes)
-    turn, store = turn_head(kind), store_value(kind)
+    walk, finish = block_steps(storage, variant, sizes)
+    turn, store = turn_head(storage.keys), store_value(storage.values)
 
     @kernel(
         "f32* i32 f32* f32* i32 i32 batch cache i64* f32 results i32 i32 given",
-        f"{kind}_{variant.key}_{head_dim}_{value_dim}",
-        batch=BATCH, cache=memory("u16"), results=RESULTS, given=GIVEN,
+        f"{storage.key}_{variant.key}_{head_dim}_{value_dim}",
+        batch=BATCH, cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
     def fused(  # type: ignore[no-untyped-def]
         qkv, width, cos, sin, half, neox, batch, cache, lengths, scale, results, heads, parts, given

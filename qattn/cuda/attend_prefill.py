@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, int32, int64, uint16, uint32
 
 from qattn.cuda import ptx
+from qattn.cuda.attend_codes import in_codes, octets, stride
 from qattn.cuda.attend_decode import pack, product
 from qattn.cuda.attend_tiles import (
     RESULTS,
@@ -42,10 +43,10 @@ from qattn.cuda.attend_variant import (
     EMPTY,
     GIVEN,
     HIDDEN,
+    Storage,
     Variant,
     bases_of,
     bounds_of,
-    memory,
     scores_of,
     sees_of,
 )
@@ -97,23 +98,68 @@ class Sizes(NamedTuple):
         return {"block": 32 * WARPS, "shared": 2 * self.stage + 2 * self.rows * self.head_dim}
 
 
-def _bring(size: int, row: int) -> Callable[..., Any]:
-    """A device function for a block: begin to copy a step's keys to shared memory, `size` elements in `row` bytes."""
-    each, threads = size // 8, 32 * WARPS
+def _mover(kind: str, size: int, row: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions (bring, unfold) for a block: a step's keys of `size` elements, `row` bytes each in its memory.
+
+    bring(there, at, to) begins to copy them: as they are, or the codes of each octet to a slot of its thread, which
+    unfold(from_, to) makes float16 of.
+    """
+    each, threads, between = size // 8, 32 * WARPS, stride(kind, size)
     rows = threads // each  # of a round: all rounds of a thread are at fixed distances
 
     @device
-    def bring(there, at, to):  # type: ignore[no-untyped-def]
+    def mine():  # type: ignore[no-untyped-def]
+        """The thread's key in the first round, and its octet."""
         key = uint32(uint32(cuda.threadIdx.x) // uint32(each))
-        column = uint32(cuda.threadIdx.x - key * uint32(each))
-        from_ = at + int64(uint32(key * uint32(size) + column * uint32(8)))
-        into = uint32(to + key * uint32(row) + column * uint32(16))
-        if rows * each == threads or key < uint32(rows):
-            for i in range(0, STEP, rows):
-                if i + rows <= STEP or key < uint32(STEP - i):
-                    ptx.copy_async_16(there, from_ + i * size, into + uint32(i * row))
+        return key, uint32(cuda.threadIdx.x - key * uint32(each))
 
-    return bring  # type: ignore[no-any-return]
+    @device
+    def has(i, key):  # type: ignore[no-untyped-def]
+        """Whether the thread has one in the round that begins with key i."""
+        return (rows * each == threads or key < uint32(rows)) and (i + rows <= STEP or key < uint32(STEP - i))
+
+    @device
+    def bring(there, at, to):  # type: ignore[no-untyped-def]
+        key, octet = mine()
+        from_ = at + int64(uint32(key * uint32(between) + octet * uint32(8)))
+        into = uint32(to + key * uint32(row) + octet * uint32(16))
+        for i in range(0, STEP, rows):
+            if has(i, key):
+                ptx.copy_async_16(there, from_ + i * between, into + uint32(i * row))
+
+    @device
+    def nothing(from_, to):  # type: ignore[no-untyped-def]
+        pass
+
+    if not in_codes(kind):
+        return bring, nothing
+    begin, pairs = octets(kind, size)
+
+    @device
+    def slot(start, i):  # type: ignore[no-untyped-def]
+        """The first of a thread's words in a round, and how far apart they are: side by side with those of others."""
+        return uint32(start + uint32(16 * each * i) + uint32(4 * cuda.threadIdx.x)), 4 * each * min(rows, STEP - i)
+
+    @device
+    def bring_codes(there, at, to):  # type: ignore[no-untyped-def]
+        key, octet = mine()
+        from_ = at + int64(uint32(key * uint32(between)))
+        for i in range(0, STEP, rows):
+            if has(i, key):
+                into, step = slot(to, i)
+                begin(there, from_ + i * between, octet >> 2, octet & 3, into, step)
+
+    @device
+    def unfold(from_, to):  # type: ignore[no-untyped-def]
+        key, octet = mine()
+        into = uint32(to + key * uint32(row) + octet * uint32(16))
+        for i in range(0, STEP, rows):
+            if has(i, key):
+                at, step = slot(from_, i)
+                a, b, c, d = pairs(at, step, octet >> 2, octet & 3)
+                ptx.store_shared_16(into + uint32(i * row), a, b, c, d)
+
+    return bring_codes, unfold
 
 
 def _scores(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -261,22 +307,25 @@ def _block_range(ranges):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def prefill_kernel(kind: str, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
-    """The kernel for a cache of that kind, and heads of these sizes; launched with `Sizes.launch`."""
+def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
+    """The kernel for a cache of these kinds, and heads of these sizes; launched with `Sizes.launch`."""
     sizes = Sizes.of(variant, head_dim, value_dim)
     key_row, value_row, stage, tiles = sizes.key_row, sizes.value_row, sizes.stage, sizes.tiles
-    bounds, collect, (settle, weigh) = bounds_of(variant.mask), _collector(kind, sizes), _softmax(variant, sizes)
+    bounds, (settle, weigh) = bounds_of(variant.mask), _softmax(variant, sizes)
     (row_of, _, sink_of), (base_of, base_for) = scores_of(variant), bases_of(variant.paged)
     changing = any((variant.cap, variant.slopes, variant.bias, variant.distances, variant.sees))
-    hold, multiply = _scores(kind, sizes)
-    bring_keys, bring_values = _bring(head_dim, key_row), _bring(value_dim, value_row)
+    (hold, multiply), collect = _scores(storage.keys, sizes), _collector(storage.values, sizes)
+    bring_keys, unfold_keys = _mover(storage.keys, head_dim, key_row)
+    bring_values, unfold_values = _mover(storage.values, value_dim, value_row)
+    key_stride, value_stride = stride(storage.keys, head_dim), stride(storage.values, value_dim)
+    coded_keys, coded_values = in_codes(storage.keys), in_codes(storage.values)
     values_at, factors, sums, block_rows, rows = STEP * key_row, 4 * tiles, value_dim // 2, sizes.rows, 2 * tiles
     all_scores, all_sums, all_ranges, all_bounds = tiles * STEP // 2, tiles * value_dim // 2, 4 * WARPS, 3 * block_rows
 
     @kernel(
         "f32* cache i64* i64* f32 results i32 i32 i32 given",
-        f"{kind}_{variant.key}_{head_dim}_{value_dim}",
-        cache=memory("u16"), results=RESULTS, given=GIVEN,
+        f"{storage.key}_{variant.key}_{head_dim}_{value_dim}",
+        cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
     def prefill(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, given):  # type: ignore[no-untyped-def]
         shared, ranges = cuda.shared.array(0, uint16, 16), cuda.shared.array(all_ranges, int32)  # by warp: see below
@@ -335,32 +384,41 @@ def prefill_kernel(kind: str, variant: Variant, head_dim: int, value_dim: int) -
 
         # The lane's rows of 8 × 8 matrices: two of keys, times two of elements.
         k_lane = uint32(lane & 15) * uint32(key_row) + uint32((lane >> 4) * 16)
-        v_lane = uint32(lane & 15) * uint32(value_row) + uint32((lane >> 4) * 16 + values_at)
+        v_lane = uint32(lane & 15) * uint32(value_row) + uint32((lane >> 4) * 16)
+        # Two places for a step's keys, and for its values.  They take turns; but codes always come to the second.
+        k_here, v_here = here, here + uint32(values_at)
+        k_other, v_other = k_here + uint32(stage), v_here + uint32(stage)
         base = base_of(cache, sequence, head, int32(min(key, max(end - 1, 0))))
         if key < end:
-            bring_keys(cache.keys, (base + key) * head_dim, here)
-            bring_values(cache.values, (base + key) * value_dim, here + uint32(values_at))
+            bring_keys(cache.keys, (base + key) * key_stride, k_other if coded_keys else k_here)
+            bring_values(cache.values, (base + key) * value_stride, v_other if coded_values else v_here)
         ptx.commit_copies()
         for i in range(all_sums):
             o[i] = float32(0)
-        other = uint32(here + uint32(stage))
         while key < end:
             ptx.wait_for_copies()
             cuda.syncthreads()
+            if coded_keys or coded_values:
+                unfold_keys(k_other, k_here)
+                unfold_values(v_other, v_here)
+                cuda.syncthreads()
             after = int32(key + STEP)
             if after < end:
                 base = base_for(cache, sequence, head, after, base)
-                bring_keys(cache.keys, (base + after) * head_dim, other)
-                bring_values(cache.values, (base + after) * value_dim, other + uint32(values_at))
+                bring_keys(cache.keys, (base + after) * key_stride, k_other)
+                bring_values(cache.values, (base + after) * value_stride, v_other)
             ptx.commit_copies()
             if key < ranges[mine + 1] and after > ranges[mine]:
-                multiply(q_lane, here + k_lane, a, s)
+                multiply(q_lane, k_here + k_lane, a, s)
                 if changing or key < ranges[mine + 2] or after > ranges[mine + 3]:
                     settle(s, int32(key + 2 * (lane & 3)), seen, uint32(3 * local_row), given, heads, shift)
                 weigh(s, peaks, totals, shrinks)
-                collect(s, shrinks, here + v_lane, a, o)
+                collect(s, shrinks, v_here + v_lane, a, o)
             key = after
-            here, other = other, here
+            if not coded_keys:
+                k_here, k_other = k_other, k_here
+            if not coded_values:
+                v_here, v_other = v_other, v_here
 
         for row in range(rows):
             total = quad_sum(totals[row])

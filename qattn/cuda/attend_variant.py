@@ -28,6 +28,31 @@ MASK_FIELDS = 4  # integers that a mask can have
 Array = Any
 
 
+class Storage(NamedTuple):
+    """How a kernel reads a cache."""
+
+    keys: str
+    """The kind of keys, as `qattn.cache_types` calls it."""
+    values: str
+    exact: bool = False
+    """Products are computed in float32; else in bfloat16 for a bfloat16 cache, in float16 for all others but float32:
+    both factors rounded to that, and summed in float32."""
+
+    @property
+    def key(self) -> str:
+        """A name for its kernels."""
+        return self.keys if self.keys == self.values else f"{self.keys}_{self.values}"
+
+    @property
+    def memory(self) -> tuple[type, str]:
+        """A `Memory` for a kernel's signature."""
+        keys, values = (ELEMENT.get(kind, "u8") for kind in self[:2])
+        return Memory, f"{keys}* {values}* i64* i32 i32 i32"
+
+
+ELEMENT = {"f32": "f32", "f16": "u16", "bf16": "u16"}  # of a cache, as kernels take it; all others are bytes
+
+
 class Variant(NamedTuple):
     """The options of a kernel."""
 
@@ -262,11 +287,6 @@ class Memory(NamedTuple):
         """From a `CacheView`."""
         _, kv_heads, page_tokens, _ = cache.keys.shape
         return cls(cache.keys, cache.values, cache.pages, kv_heads, page_tokens, cache.pages.shape[1])
-
-
-def memory(element: str) -> tuple[type, str]:
-    """For a kernel's signature, with the type of an element."""
-    return Memory, f"{element}* {element}* i64* i32 i32 i32"
 
 
 @functools.cache

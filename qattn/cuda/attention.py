@@ -34,8 +34,9 @@ of its keys alone.  A step's keys lie in one page, since pages come in 64s of to
     Everything in float32, for float32 caches, heads that the others don't take, and where float32 is asked for.
 
 A step of one token for each sequence has a fourth, `attend_fused`, which is `attend_decode` that rotates and stores the
-token as well.  All but the exact one round queries and weights to the cache's type, float16 or bfloat16, and sum in
-float32: with float16, a scaled query must stay below 65504.  They take heads of multiples of 16, up to 256.
+token as well, in a cache of 16 bits.  All but the exact one round queries to bfloat16 for keys in bfloat16 and to
+float16 for others, weights likewise for values, and sum in float32: with float16, a scaled query must stay below 65504.
+Codes become float16 on the way (`qattn.cuda.attend_codes`).  They take heads of multiples of 16, up to 256.
 
 The host never reads what is on the device.  How many new tokens and keys a sequence has, only the kernels know; grids
 and the number of parts come from shapes and the cache's capacity.  A block finds its sequence in `row_offsets`, and
@@ -52,7 +53,7 @@ from numba import cuda, float32, int32, int64, uint32
 from qattn.batch import Batch
 from qattn.cuda import attend_decode, attend_exact, attend_fused, attend_prefill, ptx
 from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, Results, find_sequence, inverse, natural_lse
-from qattn.cuda.attend_variant import EMPTY, LOG2E, Given, Memory, Variant
+from qattn.cuda.attend_variant import EMPTY, LOG2E, Given, Memory, Storage, Variant
 from qattn.cuda.kernel import kernel
 from qattn.cuda.warps import warp_max, warp_sum
 from qattn.logits import Logits
@@ -71,7 +72,8 @@ class CacheView(NamedTuple):
     """
 
     keys: Array
-    """(pages, kv_heads, page_tokens, head_dim), float32 or float16, or bfloat16 as uint16; page_tokens in 64s."""
+    """(pages, kv_heads, page_tokens, head_dim), float32 or float16, or bfloat16 as uint16, or float8 as uint8; codes
+    in rows of bytes as long as `qattn.cuda.attend_codes.stride` says.  page_tokens is a multiple of 64."""
     values: Array
     """(pages, kv_heads, page_tokens, value_dim), likewise."""
     head_dim: int
@@ -83,15 +85,6 @@ class CacheView(NamedTuple):
     def capacity(self) -> int:
         """Tokens that a sequence can have."""
         return int(self.pages.shape[1] * self.keys.shape[2])
-
-
-class Storage(NamedTuple):
-    """How a kernel reads a cache: what an element is, and what the products are computed in."""
-
-    kind: str
-    """"f32", "f16" or "bf16"."""
-    compute: str
-    """"f32", or what `kind` is: both factors rounded to that, and summed in float32."""
 
 
 class Plan(NamedTuple):
@@ -140,7 +133,7 @@ class Partial(NamedTuple):
 def path(storage: Storage, head_dim: int, value_dim: int) -> str:
     """Which kernels a cache and its heads get: "tensor" or "exact"."""
     fits = all(size % 16 == 0 and size <= 256 for size in (head_dim, value_dim))
-    return "tensor" if storage.compute == storage.kind != "f32" and fits else "exact"
+    return "tensor" if fits and not storage.exact and "f32" not in storage else "exact"
 
 
 def attend(
@@ -168,20 +161,20 @@ def attend(
         sizes = attend_exact.Sizes(head_dim, value_dim)
         rows = attend_exact.ROWS * sizes.warps
         tiles = min(tokens * -(-group // rows), (tokens * group + (rows - 1) * sequences) // rows)
-        attend_exact.exact_kernel(storage.kind, variant)(
+        attend_exact.exact_kernel(storage, variant)(
             *arrays, head_dim, value_dim, plan.few, plan.parts, given,
             grid=(tiles * kv_heads, plan.parts), **sizes.launch(),
         )  # fmt: skip
     else:
         if plan.few:
-            attend_decode.decode_kernel(storage.kind, variant, head_dim, value_dim)(
+            attend_decode.decode_kernel(storage, variant, head_dim, value_dim)(
                 *arrays, plan.few, plan.parts, given,
                 grid=(plan.tiles * kv_heads, plan.parts), **attend_decode.Sizes(head_dim, value_dim).launch(),
             )  # fmt: skip
         if plan.prefill:
             prefill = attend_prefill.Sizes.of(variant, head_dim, value_dim)
             tiles = (tokens * group + (prefill.rows - 1) * min(sequences, tokens)) // prefill.rows
-            attend_prefill.prefill_kernel(storage.kind, variant, head_dim, value_dim)(
+            attend_prefill.prefill_kernel(storage, variant, head_dim, value_dim)(
                 *arrays, plan.few, given, grid=tiles * kv_heads, **prefill.launch()
             )
     if plan.few and plan.parts > 1:
@@ -194,8 +187,8 @@ def rotate_and_attend(
 ) -> None:  # fmt: skip
     """A decode step, from projected rows: rotation, write to the cache and attention, with the bits of the two steps.
 
-    For caches and heads whose `path` is "tensor".  Arguments as in `qattn.cuda.rope.rotate_and_store` and in `attend`,
-    and
+    For 16-bit caches, and heads whose `path` is "tensor".  Arguments as in `qattn.cuda.rope.rotate_and_store` and in
+    `attend`, and
 
     batch : `Batch` with one new token for each sequence, token t in slots[t], no slot twice
     lengths : by slot, the new tokens not yet counted in; updated
@@ -207,7 +200,7 @@ def rotate_and_attend(
     plan = Plan.of(tokens, tokens, heads, kv_heads, cache.capacity)
     results = Results(out, lse, *partial)
     variant, sizes = Variant.of(mask, logits, cache.pages), attend_decode.Sizes(head_dim, value_dim)
-    attend_fused.fused_kernel(storage.kind, variant, head_dim, value_dim)(
+    attend_fused.fused_kernel(storage, variant, head_dim, value_dim)(
         qkv, qkv.shape[1], cos, sin, cos.shape[1], int(neox), batch, Memory.of(cache), lengths, logits.scale * LOG2E,
         results, heads, plan.parts, Given.of(mask, logits),
         grid=(plan.tiles * kv_heads, plan.parts), **sizes.launch(),

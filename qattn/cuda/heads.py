@@ -62,6 +62,19 @@ def gate(heads: Array, x: Array, first: int, per_head: bool, function: str) -> N
     gate_kernel(function)(heads, x, first, x.shape[1], count * size, each, grid=grid, block=THREADS)
 
 
+def hadamard(x: Array, first: int, heads: int, size: int) -> None:
+    """Multiply heads, `size` columns of x each from column `first` on, by a Walsh-Hadamard matrix, in place.
+
+    It is that of the largest power of two that divides `size`, block by block, divided by its root: its own inverse.
+    x : (tokens, columns) float32
+    """
+    tokens, columns = x.shape
+    block = size & -size
+    blocks = heads * size // block
+    threads = max(min(THREADS, block // 2), 1)
+    hadamard_kernel(x, first, columns, block, grid=(tokens, blocks), block=threads, shared=4 * block)
+
+
 def _flags(*given: tuple[Any, int]) -> int:
     return sum(bit for value, bit in given if value is not None)
 
@@ -120,6 +133,34 @@ def scale_kernel(x, first, columns, count, table, angles):  # type: ignore[no-un
     if column < count:
         at = token * columns + first + column
         x[at] = float32(x[at] * table[angles[token]])
+
+
+@kernel("f32* i32 i32 i32")
+def hadamard_kernel(x, first, columns, block):  # type: ignore[no-untyped-def]
+    """A block for a power of two of columns, grid (tokens, blocks), threads for pairs."""
+    room = cuda.shared.array(0, float32)
+    thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+    start = int64(cuda.blockIdx.x) * columns + first + int64(cuda.blockIdx.y) * block
+    i = thread
+    while i < block:
+        room[uint32(i)] = x[start + i]
+        i = int32(i + threads)
+    step = int32(1)
+    while step < block:
+        cuda.syncthreads()
+        i = thread
+        while 2 * i < block:
+            low = uint32((i & ~(step - 1)) * 2 + (i & (step - 1)))
+            a, b = room[low], room[low + uint32(step)]
+            room[low], room[low + uint32(step)] = float32(a + b), float32(a - b)
+            i = int32(i + threads)
+        step = int32(2 * step)
+    cuda.syncthreads()
+    norm = ptx.rsqrt(float32(block))
+    i = thread
+    while i < block:
+        x[start + i] = float32(room[uint32(i)] * norm)
+        i = int32(i + threads)
 
 
 @functools.cache

@@ -100,6 +100,12 @@ reciprocal = _instruction("reciprocal", "rcp.rn.f32 $0, $1;", [_F32], [_F32])
 """1 / x, correctly rounded."""
 multiply = _instruction("multiply", "mul.rn.f32 $0, $1, $2;", [_F32, _F32], [_F32])
 """a · b, never joined with an addition: where the bits of products and sums matter."""
+divide = _instruction("divide", "div.rn.f32 $0, $1, $2;", [_F32, _F32], [_F32])
+subtract_f16 = _instruction("subtract_f16", "sub.rn.f16x2 $0, $1, $2;", [_U32, _U32], [_U32])
+"""a - b for two pairs of float16."""
+multiply_f16 = _instruction("multiply_f16", "mul.rn.f16x2 $0, $1, $2;", [_U32, _U32], [_U32])
+multiply_add_f16 = _instruction("multiply_add_f16", "fma.rn.f16x2 $0, $1, $2, $3;", [_U32, _U32, _U32], [_U32])
+"""a · b + c, rounded once."""
 minimum = _instruction("minimum", "min.NaN.f32 $0, $1, $2;", [_F32, _F32], [_F32])
 """The smaller of two, or NaN if one of them is."""
 maximum = _instruction("maximum", "max.NaN.f32 $0, $1, $2;", [_F32, _F32], [_F32])
@@ -172,6 +178,7 @@ load_shared_16 = _instruction("load_shared_16", "ld.shared.v4.u32 {$0,$1,$2,$3},
 load_shared_8 = _instruction("load_shared_8", "ld.shared.v2.u32 {$0,$1}, [$2];", [_U32], [_U32] * 2, pure=False)
 load_shared_4 = _instruction("load_shared_4", "ld.shared.u32 $0, [$1];", [_U32], [_U32], pure=False)
 store_shared_4 = _instruction("store_shared_4", "st.shared.u32 [$0], $1;", [_U32, _U32], pure=False)
+store_shared_16 = _instruction("store_shared_16", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", [_U32] * 5, pure=False)
 copy_async_16 = _pointer_instruction("copy_async_16", "cp.async.cg.shared.global [$1], [$0], 16;", [_U32])
 """Begin to copy the 16 bytes at pointer[index] to a `shared_address`."""
 copy_async_8 = _pointer_instruction("copy_async_8", "cp.async.ca.shared.global [$1], [$0], 8;", [_U32])

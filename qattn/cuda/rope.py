@@ -12,15 +12,17 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, uint32
 
+from qattn import cache_types
 from qattn.batch import Batch
 from qattn.cuda import ptx
-from qattn.cuda.attend_variant import Memory, bases_of, memory
+from qattn.cuda.attend_codes import stride_of
+from qattn.cuda.attend_variant import Memory, Storage, bases_of
 from qattn.cuda.kernel import Kernel, device, kernel
+from qattn.cuda.narrow import encode_row
 from qattn.cuda.values import narrow_for
 
 WARPS = 4  # heads per block
-ELEMENT = {"f32": "f32", "f16": "u16", "bf16": "u16"}  # the kernel argument of a cache's element
-_LARGEST = {"f32": 3e38, "f16": 65504.0, "bf16": 3e38}  # that stays finite when it is rounded
+_LARGEST = {"f32": 3e38, "f16": 65504.0, "bf16": 3e38, "f8": 448.0}  # that stays finite when it is rounded
 Array = Any
 
 
@@ -55,10 +57,12 @@ def turn_head(kind: str) -> Callable[..., Any]:
 
 @functools.cache
 def store_value(kind: str) -> Callable[..., Any]:
-    """A device function for one warp: the value in x[row] on into values[to] on.
+    """A device function for one warp: (x, row, size, values, to): the value in x[row] on into values[to] on.
 
     NaN and infinity become finite, since 0, which the values of hidden keys are multiplied with, would not hide them.
     """
+    if cache_types.of_kind(kind).in_blocks:
+        return encode_row(kind)
     put, most = narrow_for(kind), _LARGEST[kind]
 
     @device
@@ -117,17 +121,45 @@ BATCH = (Batch, "i64* i64* i64* i64* i32")
 
 
 @functools.cache
-def store_kernel(kind: str, paged: bool = False) -> Kernel:
+def _store_key(kind: str) -> Callable[..., Any]:
+    """A device function for one warp: a head is rotated and becomes a key, see `turn_head`; blocks by way of `room`."""
+    turn = turn_head("f32" if cache_types.of_kind(kind).in_blocks else kind)
+    if not cache_types.of_kind(kind).in_blocks:
+
+        @device
+        def directly(x, row, cos, sin, angle, half, neox, head_dim, keys, to, room):  # type: ignore[no-untyped-def]
+            turn(x, row, cos, sin, angle, half, neox, head_dim, float32(1), keys, to)
+
+        return directly  # type: ignore[no-any-return]
+    encode = encode_row(kind)
+
+    @device
+    def in_blocks(x, row, cos, sin, angle, half, neox, head_dim, keys, to, room):  # type: ignore[no-untyped-def]
+        start = uint32((cuda.threadIdx.x >> 5) * head_dim)
+        turn(x, row, cos, sin, angle, half, neox, head_dim, float32(1), room, start)
+        cuda.syncwarp()
+        encode(room, start, head_dim, keys, to)
+
+    return in_blocks  # type: ignore[no-any-return]
+
+
+@functools.cache
+def store_kernel(storage: Storage, paged: bool = False) -> Kernel:
     """The kernel of `rotate_and_store`: a warp for each head of q, k and v of each token."""
-    turn, turn_key, copy, (base_of, _) = turn_head("f32"), turn_head(kind), store_value(kind), bases_of(paged)
+    turn, put_key, put_value, (base_of, _) = (
+        turn_head("f32"), _store_key(storage.keys), store_value(storage.values), bases_of(paged)
+    )  # fmt: skip
+    key_stride, value_stride = stride_of(storage.keys), stride_of(storage.values)
 
     @kernel(
-        "f32* i32 f32* f32* i32 i32 batch cache i64* f32* i32 i32 i32 i32", f"{kind}{'_paged' if paged else ''}",
-        batch=BATCH, cache=memory(ELEMENT[kind]),
+        "f32* i32 f32* f32* i32 i32 batch cache i64* f32* i32 i32 i32 i32",
+        f"{storage.key}{'_paged' if paged else ''}",
+        batch=BATCH, cache=storage.memory,
     )  # fmt: skip
     def store(  # type: ignore[no-untyped-def]
         qkv, width, cos, sin, half, neox, batch, cache, lengths, q, tokens, heads, head_dim, value_dim
     ):
+        room = cuda.shared.array(0, float32)
         work, lane = int32(cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)), int32(cuda.threadIdx.x & 31)
         kv_heads = cache.kv_heads
         units = int32(heads + 2 * kv_heads)
@@ -142,12 +174,12 @@ def store_kernel(kind: str, paged: bool = False) -> Kernel:
             else:
                 slot, place, head = batch.slots[token], batch.places[token], int32(unit - heads)
                 if head < kv_heads:
-                    to = (base_of(cache, slot, head, place) + place) * head_dim
-                    turn_key(qkv, row, cos, sin, angle, half, neox, head_dim, float32(1), cache.keys, to)
+                    to = (base_of(cache, slot, head, place) + place) * key_stride(head_dim)
+                    put_key(qkv, row, cos, sin, angle, half, neox, head_dim, cache.keys, to, room)
                 else:
                     head = int32(head - kv_heads)
-                    to = (base_of(cache, slot, head, place) + place) * value_dim
-                    copy(qkv, row + head * int32(value_dim - head_dim), value_dim, cache.values, to)
+                    to = (base_of(cache, slot, head, place) + place) * value_stride(value_dim)
+                    put_value(qkv, row + head * int32(value_dim - head_dim), value_dim, cache.values, to)
                     if head == 0 and lane == 0:
                         ptx.atomic_max_64(lengths, slot, place + 1)
 
@@ -155,9 +187,9 @@ def store_kernel(kind: str, paged: bool = False) -> Kernel:
 
 
 def rotate_and_store(
-    kind: str, qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: Any, lengths: Array, q: Array
+    storage: Storage, qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: Any, lengths: Array, q: Array
 ) -> None:
-    """Rotate the queries and keys of projected rows, and append keys and values to a cache of that kind.
+    """Rotate the queries and keys of projected rows, and append keys and values to a cache of these kinds.
 
     qkv : (tokens, heads · head_dim + kv_heads · (head_dim + value_dim) or more) float32, the projected rows
     cos, sin : (positions, rope_dims / 2) float32;  neox : pairs are (i, i + rope_dims / 2), else (2i, 2i + 1)
@@ -168,8 +200,9 @@ def rotate_and_store(
     """
     tokens, heads, head_dim = q.shape
     there = Memory.of(cache)
-    store_kernel(kind, paged=there.each > 1)(
+    room = 4 * WARPS * head_dim if cache_types.of_kind(storage.keys).in_blocks else 0
+    store_kernel(storage, paged=there.each > 1)(
         qkv, qkv.shape[1], cos, sin, cos.shape[1], int(neox), batch, there, lengths, q, tokens, heads, head_dim,
         cache.value_dim,
-        grid=-(-tokens * (heads + 2 * there.kv_heads) // WARPS), block=32 * WARPS,
+        grid=-(-tokens * (heads + 2 * there.kv_heads) // WARPS), block=32 * WARPS, shared=room,
     )  # fmt: skip

@@ -61,7 +61,16 @@ def narrow_for(kind: str) -> Any:
     def bf16(x):  # type: ignore[no-untyped-def]
         return np.uint16(ptx.pack_bf16(x, np.float32(0)) & 0xFFFF)
 
-    return {"f32": same, "f16": f16, "bf16": bf16}[kind]
+    @device
+    def f8(x):  # type: ignore[no-untyped-def]
+        word = ptx.bits_of(x)
+        magnitude = np.uint32(word & 0x7FFF_FFFF)
+        code = np.uint32((magnitude - (120 << 23) + 0x7_FFFF + (magnitude >> 20 & 1)) >> 20)
+        if magnitude < 121 << 23:  # 2**14 lines a subnormal's last bit, 2**-9, up with the sum's, which rounds it
+            code = np.uint32(ptx.bits_of(ptx.add(ptx.float_of(magnitude), np.float32(2.0**14))) - (141 << 23))
+        return np.uint8(min(code, np.uint32(0x7E)) | (word >> 24 & 0x80))
+
+    return {"f32": same, "f16": f16, "bf16": bf16, "f8": f8}[kind]
 
 
 @functools.cache
@@ -85,6 +94,11 @@ def widen_for(kind: str) -> Any:
         return ptx.f64_to_f32(x)
 
     @device
+    def f8(bits):  # type: ignore[no-untyped-def]
+        half = (int(bits) & 0x80) << 8 | (int(bits) & 0x7F) << 7  # float16's fields; exponents are 8 too small
+        return ptx.multiply(ptx.f16_to_f32(np.uint16(half)), np.float32(256))
+
+    @device
     def e8m0(bits):  # type: ignore[no-untyped-def]
         if bits < 2:  # 2**(bits - 128) is subnormal
             return ptx.float_of(np.uint32(1 << 21) << np.uint32(bits))
@@ -96,7 +110,7 @@ def widen_for(kind: str) -> Any:
         value = ptx.multiply(ptx.f16_to_f32(np.uint16((bits & 127) << 7)), np.float32(128))
         return value if bits != 127 else np.float32(0)
 
-    return {"f16": f16, "bf16": bf16, "f32": f32, "f64": f64, "e8m0": e8m0, "ue4m3": ue4m3}[kind]
+    return {"f16": f16, "bf16": bf16, "f32": f32, "f64": f64, "f8": f8, "e8m0": e8m0, "ue4m3": ue4m3}[kind]
 
 
 def key(*parts: str) -> str:

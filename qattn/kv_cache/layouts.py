@@ -128,8 +128,8 @@ def _codes(tiles: Array, type_: CacheType, of_keys: bool) -> Array:
     else:  # halves of elements, quads of values, lanes of elements
         codes = codes.reshape(heads, count, cells, 2, 4, LANES, 4).transpose(1, 4, 6, 0, 2, 3, 5)
     codes = codes.reshape(count, LANES, heads, cells, BLOCK)
-    levels = np.array(type_.table, np.float32)[codes] if type_.table else codes.astype(np.float32) - type_.zero
-    values = levels * factors[0] + factors[1] if type_.offset else levels * factors[0]
+    values = _levels(codes, type_) * factors[0]
+    values = values + factors[1] if type_.offset else values
     return values.reshape(count * LANES, heads, cells * BLOCK)
 
 
@@ -144,7 +144,7 @@ def hadamard(x: Array) -> Array:
 
 
 class Rows:
-    """(sequences, n_kv_heads, tokens, head_dim), see `qattn.cuda.attention`; bfloat16 as uint16."""
+    """(sequences, n_kv_heads, tokens, row), see `qattn.cuda.attention` and `qattn.cuda.attend_codes`."""
 
     unit = 64
 
@@ -152,15 +152,16 @@ class Rows:
         self._device = device
 
     def room(self, params: Any, sequences: int, capacity: int) -> tuple[Any, Any]:
-        element = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}.get(params.key_kind)
-        if element is None or params.key_kind != params.value_kind or params.hadamard:
-            told = f"{params.dtype}{', turned by a Hadamard matrix' if params.hadamard else ''}"
-            raise NotImplementedError(
-                f"a cache of {told} works on a CPU alone; a GPU's is float32, float16 or bfloat16"
-            )
-        heads, xp = (sequences, params.n_kv_heads, capacity), devices.namespace(self._device)
+        from qattn.cuda.attend_codes import stride
+
+        xp, shape = devices.namespace(self._device), (sequences, params.n_kv_heads, capacity)
+        elements = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
         with devices.current(self._device):
-            return xp.zeros((*heads, params.head_dim), element), xp.zeros((*heads, params.values), element)
+            keys, values = (
+                xp.zeros((*shape, stride(kind, size)), elements.get(kind, np.uint8))
+                for kind, size in ((params.key_kind, params.head_dim), (params.value_kind, params.values))
+            )
+        return keys, values
 
     def view(self, params: Any, keys: Any, values: Any, pages: Any) -> Any:
         from qattn.cuda.attention import CacheView
@@ -168,12 +169,43 @@ class Rows:
         return CacheView(keys, values, params.head_dim, params.values, pages)
 
     def read(self, params: Any, keys: Any, values: Any, sequence: int, start: int, stop: int) -> tuple[Array, Array]:
-        kept = (devices.copied(a[sequence, :, start:stop], "cpu").transpose(1, 0, 2) for a in (keys, values))
-        first, second = (_widened(np.ascontiguousarray(a), params.key_kind) for a in kept)
-        return first, second
+        both = []
+        for array, type_, size in (
+            (keys, params.key_type, params.head_dim), (values, params.value_type, params.values)
+        ):  # fmt: skip
+            rows = np.ascontiguousarray(devices.copied(array[sequence, :, start:stop], "cpu").transpose(1, 0, 2))
+            taken = _row_codes(rows, type_, size) if type_.in_blocks else _widened(rows, type_.kind)
+            both.append(hadamard(taken) if params.hadamard else taken)
+        return both[0], both[1]
 
     def forget(self, params: Any, keys: Any, values: Any, sequence: int, length: int) -> None:
         pass  # kernels know where a sequence ends
+
+
+def _row_codes(rows: Array, type_: CacheType, size: int) -> Array:
+    """Rows (tokens, heads, bytes) → (tokens, heads, size) float32."""
+    blocks, code_bytes = -(-size // BLOCK), BLOCK * type_.bits // 8
+    factors = rows[..., blocks * code_bytes :][..., : 2 * blocks * (1 + type_.offset)]
+    factors = np.ascontiguousarray(factors).view(np.float16).astype(np.float32)[..., None]
+    codes = rows[..., : blocks * code_bytes].reshape(*rows.shape[:2], blocks, code_bytes)
+    if type_.bits != 8:
+        words = np.ascontiguousarray(codes).view("<u4")
+        codes = words[..., :4, None] >> _NIBBLES & 15  # octets and their elements
+        if type_.bits == 5:
+            fifth = words[..., 4:, None] >> (4 * np.arange(4)[:, None] + _FIFTH) & 1
+            codes = codes | fifth << 4
+    values = _levels(codes.reshape(*rows.shape[:2], blocks, BLOCK), type_) * factors[:, :, :blocks]
+    values = values + factors[:, :, blocks:] if type_.offset else values
+    return values.reshape(*rows.shape[:2], -1)[..., :size]
+
+
+_NIBBLES = np.array([0, 16, 4, 20, 8, 24, 12, 28], np.uint32)  # where the codes of an octet's elements begin
+_FIFTH = np.array([0, 16, 1, 17, 2, 18, 3, 19], np.uint32)  # and where their fifth bits are
+
+
+def _levels(codes: Array, type_: CacheType) -> Array:
+    """What codes stand for, float32."""
+    return np.array(type_.table, np.float32)[codes] if type_.table else codes.astype(np.float32) - type_.zero
 
 
 def _widened(stored: Array, kind: str) -> Array:

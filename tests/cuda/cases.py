@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qattn import cache_types
 from qattn.cuda import attention as cuda_attention
+from qattn.cuda.attend_codes import stride
 from qattn.cuda.attention import CacheView, Partial, Storage
+from qattn.kv_cache import layouts
 from qattn.logits import Logits
 from qattn.masks.causal import Causal
 from qattn.masks.null import Null
@@ -15,6 +18,7 @@ from tests import reference
 from tests.reference import nmse
 from tests.strategies import normal
 
+CODES = [type_.kind for type_ in cache_types.TYPES if type_.bits <= 8]
 NMSE = {"f32": 2e-12, "f16": 1e-5, "bf16": 1e-4}  # rounding q and the weights to float16, or bfloat16
 LSE = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2}  # q·k of about 1, with q rounded, and log2 to 2e-7 of itself
 OPTIONS = ("cap", "slopes", "sinks", "bias", "distances")
@@ -55,8 +59,10 @@ MASKS = [Causal(), Null(), Window(37), Window(1), Before(5), Strided(3)]
 
 def empty_cache(cupy, kind, sequences, kv_heads, capacity, head_dim, value_dim):
     """A cache without tokens, whose sequences have a page each."""
-    dtype = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[kind]
-    keys, values = (cupy.zeros((sequences, kv_heads, capacity, size), dtype) for size in (head_dim, value_dim))
+    keys, values = (
+        cupy.zeros((sequences, kv_heads, capacity, stride(each, size)), ELEMENT.get(each, np.uint8))
+        for each, size in zip(storage_of(kind)[:2], (head_dim, value_dim), strict=True)
+    )
     return CacheView(keys, values, head_dim, value_dim, cupy.asarray(np.arange(sequences)[:, None]))
 
 
@@ -72,17 +78,48 @@ def in_pages(cupy, cache, tokens, seed=0):
     return CacheView(*made, cache.head_dim, cache.value_dim, cupy.asarray(table[cache.pages.get()[:, 0]]))
 
 
-def widened(kind, stored):
-    """The numbers in a cache."""
-    stored = stored.get()
-    return (stored.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else stored.astype(np.float32)
+def storage_of(kind, exact=False):
+    """What kernels take for a kind, or for "keys/values"."""
+    return Storage(kind.split("/")[0], kind.split("/")[-1], exact)
+
+
+def random_rows(kind, shape, size, seed):
+    """Rows of numbers that are about as large as normal ones: shape + (stride,)."""
+    x, random = normal((*shape, size), seed), np.random.default_rng(seed)
+    if kind in ("f32", "f16"):
+        return x.astype(ELEMENT[kind])
+    if kind == "bf16":
+        return (x.view(np.uint32) >> 16).astype(np.uint16)
+    rows = random.integers(0, 256, (*shape, stride(kind, size)), np.uint8)
+    if kind == "f8":
+        return rows & 0xBF  # below 2
+    type_ = cache_types.of_kind(kind)
+    blocks, signs = -(-size // 32), random.choice([-1, 1], (2, *shape, -(-size // 32)))
+    scales = random.uniform(0.5, 1.5, signs.shape[1:]) * 2 / (type_.table[-1] if type_.table else 1 << type_.bits)
+    factors = [scales * signs[0] if type_.signed_scale else scales, -scales * (1 << type_.bits - 1)]
+    for i, factor in enumerate(factors[: 1 + type_.offset]):
+        start = blocks * (4 * type_.bits + 2 * i)
+        rows[..., start : start + 2 * blocks] = np.ascontiguousarray(factor.astype(np.float16)).view(np.uint8)
+    return rows
+
+
+ELEMENT = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
+
+
+def widened(kind, stored, size):
+    """The numbers in rows (…, stride) of a cache: (…, size) float32."""
+    rows, type_ = stored.get().reshape(-1, 1, stored.shape[-1]), cache_types.of_kind(kind)
+    taken = layouts._row_codes(rows, type_, size) if type_.in_blocks else layouts._widened(rows, kind)
+    return taken.reshape(*stored.shape[:-1], size)
 
 
 def contents(kind, cache, sequence):
     """Keys and values of a sequence, (capacity, kv_heads, …) float32."""
-    pages = cache.pages.get()[sequence]
-    stored = (widened(kind, a)[pages].transpose(0, 2, 1, 3) for a in (cache.keys, cache.values))
-    return [a.reshape(-1, *a.shape[2:]) for a in stored]
+    pages, made = cache.pages.get()[sequence], []
+    for each, array, size in zip(storage_of(kind), cache[:2], (cache.head_dim, cache.value_dim), strict=False):
+        taken = widened(each, array, size)[pages].transpose(0, 2, 1, 3)
+        made.append(taken.reshape(-1, *taken.shape[2:]))
+    return made
 
 
 class Case(NamedTuple):
@@ -105,7 +142,14 @@ class Case(NamedTuple):
 
     @property
     def storage(self):
-        return Storage(self.kind, "f32" if self.exact else self.kind)
+        return storage_of(self.kind, self.exact)
+
+    @property
+    def tolerance(self):
+        """The kind of number that it is computed in, at the coarsest."""
+        if cuda_attention.path(self.storage, self.head_dim, self.value_dim) == "exact":
+            return "f32"
+        return "bf16" if "bf16" in self.storage else "f16"
 
     @property
     def lengths(self):
@@ -124,12 +168,10 @@ class Case(NamedTuple):
         """q and the cache, in which sequences lie in another order than in the batch."""
         slots = len(self.new) + 1
         q = cupy.asarray(normal((sum(self.new), self.heads, self.head_dim), seed))
-        made = []
-        for i, size in enumerate((self.head_dim, self.value_dim)):
-            x = normal((slots, self.kv_heads, self.room, size), seed + i + 1)
-            if self.kind == "bf16":
-                x = (x.view(np.uint32) >> 16).astype(np.uint16)
-            made.append(cupy.asarray(x if self.kind != "f16" else x.astype(np.float16)))
+        made = [
+            cupy.asarray(random_rows(kind, (slots, self.kv_heads, self.room), size, seed + i))
+            for i, (kind, size) in enumerate(zip(self.storage, (self.head_dim, self.value_dim), strict=False), 1)
+        ]
         pages = cupy.asarray(np.arange(len(self.new))[::-1, None] + 1)
         cache = CacheView(*made, self.head_dim, self.value_dim, pages)
         return q, in_pages(cupy, cache, self.page, seed) if self.page else cache
@@ -180,7 +222,7 @@ class Case(NamedTuple):
         logits = self.logits(seed=seed)
         out, lse = self.run(cupy, mask, q, cache, logits)
         want, want_lse = self.expected(mask, q, cache, logits)
-        kind = "f32" if self.exact else self.kind
+        kind = self.tolerance
         assert nmse(out, want) <= NMSE[kind]
         seen = np.isfinite(want_lse)
         assert np.array_equal(np.isneginf(lse), ~seen)

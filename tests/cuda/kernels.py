@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qattn import formats
+from qattn import cache_types, formats
 from qattn.cuda import (
     activations,
     attend_decode,
@@ -21,7 +21,7 @@ from qattn.cuda import (
     rope,
     unpack,
 )
-from qattn.cuda.attend_variant import Variant
+from qattn.cuda.attend_variant import Storage, Variant
 from qattn.cuda.kernel import Kernel
 from qattn.masks.causal import Causal
 from qattn.packing import layout_of
@@ -41,6 +41,7 @@ class Strided(NamedTuple):
 
 BLOCK_FORMATS = [formats.get(name) for name in formats.names() if not formats.get(name).is_float]
 LAYOUTS = list(dict.fromkeys(layout_of(format) for format in BLOCK_FORMATS))
+CODES = [type_.kind for type_ in cache_types.TYPES if type_.bits <= 8]
 PLAIN = Variant(Causal)
 FULL = Variant(Strided, cap=True, slopes=True, sinks=True, bias=True, distances=True, paged=True)
 SOME = [formats.get(name) for name in ("Q4_0", "Q6_K")]  # for kinds of results that differ in the last step only
@@ -52,7 +53,7 @@ def all_kernels() -> Iterator[Kernel]:
         chosen = BLOCK_FORMATS if kind == "f16" else SOME
         yield from (dequantize.blocks_kernel(format, kind) for format in chosen)
         yield from (unpack.unpack_kernel(layout, kind) for layout in dict.fromkeys(map(layout_of, chosen)))
-        yield from (attend_exact.exact_kernel(kind, PLAIN), rope.store_kernel(kind))
+        yield from (attend_exact.exact_kernel(Storage(kind, kind), PLAIN), rope.store_kernel(Storage(kind, kind)))
     for layout in LAYOUTS:
         yield from (matmul.decode_kernel(layout, tokens) for tokens in (1, 8, 16))
         yield from (matmul.prefill_kernel(layout), matmul_exact.exact_kernel(layout))
@@ -61,10 +62,16 @@ def all_kernels() -> Iterator[Kernel]:
     for kind in ("f16", "bf16"):
         for dim in (64, 128) if kind == "f16" else (128,):
             for made in (attend_decode.decode_kernel, attend_fused.fused_kernel, attend_prefill.prefill_kernel):
-                yield made(kind, PLAIN, dim, dim)
-    yield from (attend_exact.exact_kernel("f16", FULL), rope.store_kernel("f16", paged=True))
+                yield made(Storage(kind, kind), PLAIN, dim, dim)
+    for kind in CODES:
+        yield attend_decode.decode_kernel(Storage(kind, kind), PLAIN, 128, 128)
+    for kind in ("q8_0", "q5_1"):
+        yield from (attend_exact.exact_kernel(Storage(kind, kind), PLAIN), rope.store_kernel(Storage(kind, kind)))
+        yield attend_prefill.prefill_kernel(Storage(kind, kind), PLAIN, 128, 128)
+    both = Storage("f16", "f16")
+    yield from (attend_exact.exact_kernel(both, FULL), rope.store_kernel(both, paged=True))
     for made in (attend_decode.decode_kernel, attend_fused.fused_kernel, attend_prefill.prefill_kernel):
-        yield made("f16", FULL, 128, 128)
+        yield made(both, FULL, 128, 128)
     yield from map(heads.gate_kernel, heads.GATES)
     yield from map(feed_forward.gate_kernel, ("silu", "gelu"))
     for module in (attention, feed_forward, heads, matmul, rope):

@@ -15,7 +15,7 @@ from qattn.logits import Logits
 from qattn.masks.causal import Causal
 from qattn.masks.null import Null
 from qattn.rope import RotaryEmbedding
-from tests.cuda.cases import MASKS, NMSE, OPTIONS, Before, Case, Strided, Window, decode
+from tests.cuda.cases import MASKS, NMSE, OPTIONS, Before, Case, Strided, Window, decode, storage_of
 from tests.cuda.test_rope import Step
 from tests.reference import nmse
 
@@ -154,10 +154,10 @@ def test_masks_have_at_most_four_fields():
 
 
 def test_the_path_is_chosen_by_type_and_size():
-    assert path(Storage("f16", "f16"), 128, 128) == path(Storage("bf16", "bf16"), 256, 16) == "tensor"
+    assert path(Storage("f16", "f16"), 128, 128) == path(Storage("bf16", "q4_0"), 256, 16) == "tensor"
     for storage, head_dim, value_dim in [
-        (Storage("f16", "f32"), 128, 128), (Storage("f32", "f32"), 128, 128), (Storage("f16", "f16"), 40, 64),
-        (Storage("f16", "f16"), 64, 272),
+        (Storage("f16", "f16", exact=True), 128, 128), (Storage("f16", "f32"), 128, 128),
+        (Storage("f16", "f16"), 40, 64), (Storage("f16", "f16"), 64, 272),
     ]:  # fmt: skip
         assert path(storage, head_dim, value_dim) == "exact"
 
@@ -207,7 +207,7 @@ def test_a_fused_step_has_the_bits_of_two(cupy, kind, step, mask, options, page)
         if fused:
             cuda_attention.rotate_and_attend(case.storage, *arguments, cache, lengths, *rest)
         else:
-            rotate_and_store(kind, *arguments, cache, lengths, q)
+            rotate_and_store(storage_of(kind), *arguments, cache, lengths, q)
             cuda_attention.attend(case.storage, q, cache, offsets, lengths, *rest)
         results.append([a.get() for a in (out, lse, cache.keys, cache.values, lengths)])
     for two, one in zip(*results, strict=True):

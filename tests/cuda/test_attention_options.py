@@ -14,7 +14,7 @@ from qattn.cuda.attend_variant import Given, Variant, mask_key
 from qattn.cuda.attention import Plan
 from qattn.masks.causal import Causal
 from qattn.masks.null import Null
-from tests.cuda.cases import MASKS, NMSE, OPTIONS, Before, Case, Strided, Window, decode
+from tests.cuda.cases import MASKS, NMSE, OPTIONS, Before, Case, Strided, Window, decode, storage_of
 from tests.reference import nmse
 
 EVERY = (*OPTIONS, "one bias")
@@ -123,7 +123,7 @@ def test_pages_give_the_same_bits(cupy, kind, page):
 def test_an_option_that_is_off_is_not_read(cupy, made):
     sizes = () if made is attend_exact.exact_kernel else (64, 64)
     for variant, most in ((Variant(Causal), 0), (Variant(Causal, sinks=True), 1), (Variant(Causal, cap=True), 2)):
-        ptx = made("f16", variant, *sizes).ptx
+        ptx = made(storage_of("f16"), variant, *sizes).ptx
         count = len(re.findall(r"\.param \.\w+ \w+_param_\d+", ptx))
         read = {int(n) for n in re.findall(r"ld\.param\S* [^\n]*_param_(\d+)\]", ptx)}
         assert len([n for n in read if n >= count - len(Given._fields)]) == most

@@ -11,7 +11,7 @@ from qattn.batch import Batch
 from qattn.cuda import rope as cuda_rope
 from qattn.rope import RotaryEmbedding
 from tests import reference
-from tests.cuda.cases import contents, empty_cache, in_pages, widened
+from tests.cuda.cases import contents, empty_cache, in_pages, storage_of, widened
 from tests.strategies import normal
 
 KINDS = ("f32", "f16", "bf16")
@@ -70,7 +70,7 @@ class Step(NamedTuple):
         cache = empty_cache(cupy, kind, len(self.new), self.kv_heads, 128, self.head_dim, self.value_dim)
         cache = in_pages(cupy, cache, page) if page else cache
         lengths, q = cupy.asarray(np.array(self.before)), cupy.zeros((self.tokens, self.heads, self.head_dim), "f4")
-        cuda_rope.rotate_and_store(kind, *self.arguments(cupy), cache, lengths, q)
+        cuda_rope.rotate_and_store(storage_of(kind), *self.arguments(cupy), cache, lengths, q)
         return cache, lengths, q
 
 
@@ -118,7 +118,7 @@ def test_a_length_never_shrinks(cupy):
     step = Step(1, 1, 8, 8, (1,), (3,), RotaryEmbedding(8))
     cache, lengths, q = step.run(cupy, "f32")
     lengths[:] = 20
-    cuda_rope.rotate_and_store("f32", *step.arguments(cupy), cache, lengths, q)
+    cuda_rope.rotate_and_store(storage_of("f32"), *step.arguments(cupy), cache, lengths, q)
     assert lengths.get().tolist() == [20]
 
 
@@ -131,7 +131,7 @@ def test_keys_and_values_are_rounded_to_the_nearest(cupy, kind):
         if kind == "bf16":
             bits = want.view(np.uint32)
             want = (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view(np.float32)
-        assert np.array_equal(widened(kind, got), want.astype(np.float16) if kind == "f16" else want)
+        assert np.array_equal(widened(kind, got, 64), want.astype(np.float16) if kind == "f16" else want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,8 +141,8 @@ def test_values_are_stored_finite(cupy, kind):
     cache, lengths, q = step.run(cupy, kind)
     qkv, *others = step.arguments(cupy)
     qkv[0, -8:-5] = cupy.asarray(np.array([np.nan, np.inf, -1e38], np.float32))
-    cuda_rope.rotate_and_store(kind, qkv, *others, cache, lengths, q)
-    assert np.isfinite(widened(kind, cache.values)).all()
+    cuda_rope.rotate_and_store(storage_of(kind), qkv, *others, cache, lengths, q)
+    assert np.isfinite(widened(kind, cache.values, 8)).all()
 
 
 @settings(one_cupy, max_examples=20)
@@ -171,7 +171,7 @@ def test_a_step_can_be_captured(cupy):
     cupy.cuda.Device().synchronize()  # the stream doesn't wait for what was done before
     with stream:
         stream.begin_capture()
-        cuda_rope.rotate_and_store("f16", *arguments, cache, lengths, q)
+        cuda_rope.rotate_and_store(storage_of("f16"), *arguments, cache, lengths, q)
         graph = stream.end_capture()
         arguments[3].places[:] += 1
         graph.launch(stream)
