@@ -5,6 +5,7 @@ Blocks are rounded as ggml's ``quantize_row_*_ref`` rounds them.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numba
@@ -117,21 +118,26 @@ def _by_range(type_: CacheType) -> Any:
 
 def _by_table(type_: CacheType) -> Any:
     levels = np.array(type_.table, np.float32)
-    between = (levels[1:] + levels[:-1]) / 2  # a tie goes up
+
+    @micro_kernel
+    def encode(e, x, codes, inverse):  # type: ignore[no-untyped-def]
+        one, factor = e.constant(1, e.I32V), inverse.splat(e.F32)
+        for half in range(BLOCK // LANES):
+            level, code = x.at(half * 4 * LANES).load(e.F32) * factor, one * 0
+            for low, high in itertools.pairwise(type_.table):
+                code = level.compare(">=", (low + high) / 2).where(code + one, code)  # a tie goes up
+            codes.at(half * LANES).store(code.to(e.I8V))
 
     @generated(type_.kind)
     def run(x, codes):  # type: ignore[no-untyped-def]
         scale = _peak(x) / levels[0]
-        inverse = _inverse(scale)
+        encode((x, codes, _inverse(scale)))
         along, square = np.float32(0), np.float32(0)
         for i in range(BLOCK):
-            code = 0
-            for j in range(between.size):
-                code += x[i] * inverse >= between[j]
-            codes[i] = code
-            weighted = x[i] * x[i] * levels[code]
+            level = levels[codes[i]]
+            weighted = x[i] * x[i] * level
             along += weighted * x[i]
-            square += weighted * levels[code]
+            square += weighted * level
         return along / square if square > 0 else np.float32(0), np.float32(0)
 
     return run
