@@ -1,9 +1,9 @@
 """Attention alone, `qattn.backends.cpu.attend` over a KV cache: prefill of 512 tokens, and decode behind long contexts.
 
 Operations are those of the two products, over the pairs that a causal mask leaves: 4 · head_dim for each pair and head.
-What binds is either those (in bfloat16 for that cache, else in float32) or reading K and V once; the share is that of
-whichever takes longer on this machine (see roofline.py).  Calls go over copies of the cache that together exceed the
-processor's caches.
+What binds is either those (in bfloat16 for that cache, in bytes for codes, else in float32) or reading K and V once;
+the share is that of whichever takes longer on this machine (see roofline.py).  Calls go over copies of the cache that
+together exceed the processor's caches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def measure(case: str, shape: Shape, dtype: str, args) -> harness.Row:  # type: 
     )
     time = harness.measure(call, args.rounds)
     operations = shape.attention_ops(tokens, depth)
-    kind = "bf16" if dtype == "bfloat16" and not args.exact else "f32"
+    kind = "f32" if args.exact else "dot4" if params.key_type.in_blocks else "bf16" if dtype == "bfloat16" else "f32"
     floor, bound = roofline.limits(args.threads).floor(read=kv_bytes, **{kind: operations})
     return {
         "case": case,
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128], help="of 64, 80, 96, 128, 256, …")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"], help="of the cache")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "q8_0", "q4_0"], help="of the cache")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--exact", action="store_true", help="multiply a bfloat16 cache in float32")
     args = harness.start(parser)

@@ -3,7 +3,7 @@
 layer   llama.cpp (llama-cpp-python) on a file of four layers of Llama 3 8B's attention, random weights, and next to no
         feed-forward network, so that nearly all work is attention blocks: prefill of 512 tokens, and decode of 32, one
         after the other as when a model writes: cores need some milliseconds to be at full speed after a rest
-model   llama.cpp on SmolLM2-135M: a prompt of 512 tokens, and 64 more
+model   llama.cpp on SmolLM2-135M, or others that `qattn fetch` knows: a prompt of 512 tokens, and 64 more
 torch   PyTorch: F.linear in float32 and bfloat16, scaled_dot_product_attention
 gguf    dequantization by the gguf package
 
@@ -30,7 +30,7 @@ import qattn
 from qattn import masks
 from qattn.backends import cpu
 from qattn.logits import Logits
-from qattn.models import fetch
+from qattn.models.fetch import SOURCES, fetch
 
 LAYERS = 4
 PROMPT, GENERATE, DECODE = 512, 64, 32
@@ -84,12 +84,13 @@ def model(args: argparse.Namespace) -> Iterator[harness.Row]:
         return
     from llama_peer import Contestants
 
-    both = Contestants(fetch(), PROMPT + GENERATE, args.threads)
-    print(f"SmolLM2: logits differ by {both.difference():.1e} (NMSE)", flush=True)
-    yield against(f"SmolLM2 prompt {PROMPT}", both.calls([both.tokens(PROMPT)]), args)
-    both.fill(PROMPT)
-    yield against(f"SmolLM2 generate {GENERATE}", both.calls(list(both.tokens(GENERATE)[:, None])), args)
-    both.close()
+    for name in args.models:
+        both = Contestants(fetch(SOURCES[name]), PROMPT + GENERATE, args.threads)
+        print(f"{name}: logits differ by {both.difference():.1e} (NMSE)", flush=True)
+        yield against(f"{name} prompt {PROMPT}", both.calls([both.tokens(PROMPT)]), args)
+        both.fill(PROMPT)
+        yield against(f"{name} generate {GENERATE}", both.calls(list(both.tokens(GENERATE)[:, None])), args)
+        both.close()
 
 
 def torch(args: argparse.Namespace) -> Iterator[harness.Row]:
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["Q4_0"], help="Q4_0 Q4_K Q6_K Q8_0 …")
     parser.add_argument("--depths", nargs="+", type=int, default=[0, 4096], help="16384 takes minutes to fill")
     parser.add_argument("--prefill-depth", type=int, default=4096, help="up to which prefill is timed")
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m"], choices=SOURCES)
     args = harness.start(parser)
     rows = [row for name in args.only for row in SECTIONS[name](args)]
     if rows:

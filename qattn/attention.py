@@ -145,6 +145,7 @@ class AttentionWithRope:
         *,
         cache_dtype: str = "bfloat16",
         max_length: int | None = None,
+        hadamard: bool = False,
         **parameters: Any,
     ) -> _Layer:
         """A layer of a description, still without weights.
@@ -152,14 +153,14 @@ class AttentionWithRope:
         Parameters
         ----------
         config : AttentionConfig
-        cache_dtype, max_length
+        cache_dtype, max_length, hadamard
             Of the layer's own cache: see `KVCacheParams`.
         parameters
             Of the layer that are no part of a description: `devices`, `precision`, `has_bias`, …
         """
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         sizes = config.num_key_value_heads, fields.pop("head_dim"), fields.pop("value_dim")
-        kv_params = KVCacheParams(*sizes, dtype=cache_dtype, max_length=max_length)
+        kv_params = KVCacheParams(*sizes, dtype=cache_dtype, max_length=max_length, hadamard=hadamard)
         return cls(kv_params=kv_params, mask_variant=fields.pop("mask"), **fields, **parameters)
 
     # Weights

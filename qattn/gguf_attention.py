@@ -65,6 +65,7 @@ class GGUFQAttentionWithRope(AttentionWithRope):
         precision: ops.Precision = "int8",
         cache_dtype: str = "bfloat16",
         max_length: int | None = None,
+        hadamard: bool = False,
         device: str | None = None,
     ) -> GGUFQAttentionWithRope:
         """The attention of one layer of a GGUF file.
@@ -75,7 +76,7 @@ class GGUFQAttentionWithRope(AttentionWithRope):
         layer : int
         part : "encoder", "decoder" or "cross", optional
             Which block of the layer, in a model with an encoder and a decoder; the last attends from one to the other.
-        cache_dtype, max_length
+        cache_dtype, max_length, hadamard
             Of the layer's own cache: see `KVCacheParams`.
         device : str, optional
             Where the layer computes; that of the file, unless said otherwise.
@@ -91,6 +92,7 @@ class GGUFQAttentionWithRope(AttentionWithRope):
         """
         if not isinstance(model, GGUFFile):
             options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
+            options["hadamard"] = hadamard
             with open_gguf(model) as opened:
                 return cls.from_gguf(opened, layer, part=part, device=device, **options)
         config = describe(model, layer, part=part, context=max_length)
@@ -99,6 +101,7 @@ class GGUFQAttentionWithRope(AttentionWithRope):
             config,
             cache_dtype=cache_dtype,
             max_length=max_length,
+            hadamard=hadamard,
             devices=[device or model.device],
             has_bias=any(name.endswith("_proj.bias") for name in weights),
             precision=precision,

@@ -9,6 +9,7 @@ from qattn.cpu import feed_forward
 from qattn.models import Decoder, Model, ModelConfig, Sampler, TemplateError
 from qattn.models.perplexity import perplexity
 from tests import reference_decoder, tiny_model
+from tests.reference import nmse
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,32 @@ def test_a_truncated_sequence_can_be_continued(decoder):
     want = decoder.forward([1, 2, 3, 4])
     decoder.truncate(2)
     assert np.array_equal(decoder.forward([3, 4]), want[2:])
+
+
+def test_tokens_can_be_forgotten(tmp_path):
+    """In a model of one layer, keys and values know of no other tokens: the rest is as if there had been no others."""
+    path = tiny_model.write(tmp_path / "m.gguf", llama__block_count=1)
+    decoder, other = (Decoder.from_gguf(path, precision="exact") for _ in range(2))
+    tokens = np.random.default_rng(3).integers(0, 256, 40)
+    decoder.forward(tokens)
+    decoder.forget(3, 20)
+    decoder.forget(5, 5)
+    other.forward(np.delete(tokens, slice(3, 20)))
+    assert len(decoder) == len(other) == 23
+    for more in ([7, 8], [9], [10], [11]):
+        assert nmse(decoder.forward(more), other.forward(more)) < 1e-9
+    with pytest.raises(CacheError, match="tokens 3 to 99 were to be forgotten; there are 28"):
+        decoder.forget(3, 99)
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q8_0/q4_0", "float8"])
+def test_a_cache_of_any_type(tiny, dtype):
+    exact, coarse = (Decoder.from_gguf(tiny, precision="exact", cache_dtype=each) for each in (None, dtype))
+    tokens = np.random.default_rng(3).integers(0, 256, 40)
+    for each in (tokens[:30], *tokens[30:, None]):
+        want, got = exact.forward(each), coarse.forward(each)
+        assert 0 < nmse(got, want) < 0.1
+    assert coarse.layers[0].attention.kv_params.dtype == dtype
 
 
 def test_every_token_goes_through_the_attention_layer(tiny, monkeypatch):

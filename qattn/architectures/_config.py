@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from qattn import _check
 from qattn.masks import Mask, causal
@@ -33,11 +33,13 @@ class Temperature(NamedTuple):
     offset: int = 0
 
 
+GateFunction = Literal["sigmoid", "softplus"]
+
+
 class Gate(NamedTuple):
     """The heads' output is multiplied by a function of x @ gate.T: a row of weights for each element, or each head."""
 
-    function: Literal["sigmoid", "softplus", "silu", "sigmoid2"]
-    """"sigmoid2" is 2 · sigmoid."""
+    function: GateFunction
     interleaved: bool = False
     """The rows of the gate lie in the weight of q: behind those of each head."""
 
@@ -144,6 +146,8 @@ class AttentionConfig:
         for name in ("scale", "softcap", "alibi", "value_scale", "output_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number")
+        if self.gate is not None:
+            _check.choice("gate.function", self.gate.function, get_args(GateFunction))
         if self.clamp_qkv is not None and not self.clamp_qkv > 0:
             raise ValueError(f"clamp_qkv is {self.clamp_qkv}; expected a positive number")
         if self.value_from_key and self.head_dim != self.value_dim:

@@ -34,6 +34,9 @@ def add_model_options(parser: argparse.ArgumentParser, precision: str = "int8") 
         default=precision,
         help=f"int8: activations in 8 bits; exact: float32 (default: {precision})",
     )
+    parser.add_argument(
+        "--cache-type", metavar="TYPE", help='what keys and values are stored as: bfloat16, q8_0, "q8_0/q4_0", …'
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: all cores)")
     parser.add_argument(
         "--device", default="cpu", help="cpu (default), cuda:0 for a GPU, or auto for a GPU if one can be used"
@@ -109,7 +112,9 @@ def load(path: str | Path | None, args: argparse.Namespace, max_length: int | No
             say(f"device: {file.device}")
         if file.device == "cpu":
             _announce_compilation()
-        return models.Model.from_gguf(file, precision=args.precision, max_length=max_length)
+        return models.Model.from_gguf(
+            file, precision=args.precision, cache_dtype=args.cache_type, max_length=max_length
+        )
 
 
 def _announce_compilation() -> None:

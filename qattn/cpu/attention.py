@@ -231,6 +231,8 @@ def _finish(job, s, group, heads, rows, lse, partial):  # type: ignore[no-untype
         total = s.row_sum[row]
         inverse = np.float32(1) / total if total > 0 else np.float32(0)
         to_lse[to] = (s.row_max[row] + np.log2(total)) / _LOG2E if total > 0 else np.float32(-np.inf)
+        if job[6] >= 0 and total == 0:
+            continue  # nobody reads it
         whole = dims // LANES
         attend_tiles.scale((s.out[row * LANES :], to_rows[to], inverse, whole, slice_bytes))
         last = (whole * s.row_max.size + row) * LANES

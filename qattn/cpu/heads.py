@@ -9,7 +9,7 @@ import numpy as np
 
 from qattn.cpu.kernel import kernel, share
 
-GATES = ("sigmoid", "softplus", "silu", "sigmoid2")
+GATES = ("sigmoid", "softplus")
 
 
 @kernel()
@@ -102,10 +102,7 @@ def _gate(value, function):  # type: ignore[no-untyped-def]
     if function == 1:  # softplus, without overflow
         return np.float32(max(value, np.float32(0)) + math.log1p(math.exp(-abs(value))))
     small = np.float32(math.exp(-abs(value)))
-    sigmoid = (small if value < 0 else np.float32(1)) / (np.float32(1) + small)
-    if function == 2:
-        return value * sigmoid
-    return sigmoid * np.float32(2) if function == 3 else sigmoid
+    return (small if value < 0 else np.float32(1)) / (np.float32(1) + small)
 
 
 @kernel()

@@ -12,7 +12,7 @@ from qattn.cuda import ptx
 from qattn.cuda.feed_forward import sum_of_block
 from qattn.cuda.kernel import Kernel, device, kernel
 
-GATES = ("sigmoid", "softplus", "silu", "sigmoid2")
+GATES = ("sigmoid", "softplus")
 THREADS = 256
 _LOG2_E = math.log2(math.e)
 _FACTOR, _BIAS, _LIMIT, _LAYER = 1, 2, 4, 8  # bits of `flags`
@@ -166,7 +166,7 @@ def hadamard_kernel(x, first, columns, block):  # type: ignore[no-untyped-def]
 @functools.cache
 def gate_kernel(function: str) -> Kernel:
     """The kernel of `gate`: an element a thread, grid (tokens, runs of `THREADS` elements)."""
-    softplus, times_input, factor = function == "softplus", function == "silu", 2.0 if function == "sigmoid2" else 1.0
+    softplus = function == "softplus"
 
     @device
     def gated(x):  # type: ignore[no-untyped-def]
@@ -178,9 +178,7 @@ def gate_kernel(function: str) -> Kernel:
                 tail = float32(float32(1 / i) + w2 * tail)
             value = float32(max(x, float32(0)) + float32(2) * w * tail)
         else:
-            value = (small if x < float32(0) else float32(1)) / float32(float32(1) + small) * float32(factor)
-            if times_input:
-                value = float32(value * x)
+            value = (small if x < float32(0) else float32(1)) / float32(float32(1) + small)
         return value
 
     @kernel("f32* f32* i32 i32 i32 i32", function)

@@ -74,8 +74,8 @@ class Decoder:
         model : an open file, or a path
         precision : "int8" or "exact"
             See `qattn.matmul`.
-        cache_dtype : "float32", "float16" or "bfloat16", optional
-            Of the KV caches: bfloat16, or float32 for precision "exact".
+        cache_dtype : str, optional
+            Of the KV caches, see `qattn.KVCacheParams`; by default bfloat16, or float32 for precision "exact".
         max_length : int, optional
             Tokens that the caches can hold: the model's context length, unless said otherwise.
         device : str, optional
@@ -210,6 +210,29 @@ class Decoder:
         for layer in self.layers:
             layer.attention.kv_cache.truncate(min(length, len(layer.attention.kv_cache)))
         self._length = length
+
+    def forget(self, start: int, stop: int) -> None:
+        """Forget tokens start … stop - 1; those behind them move up, and their keys turn to their new positions.
+
+        So a text can go on when the cache is full.  What the others have taken from the forgotten tokens stays.
+
+        Raises
+        ------
+        CacheError
+            There are no such tokens.
+
+        Examples
+        --------
+        >>> if len(decoder) == decoder.max_length:                      # doctest: +SKIP
+        ...     decoder.forget(4, len(decoder) // 2)
+        """
+        if not 0 <= start <= stop <= self._length:
+            raise CacheError(f"tokens {start} to {stop} were to be forgotten; there are {self._length}")
+        for layer in self.layers:
+            attention = layer.attention
+            attention.kv_cache.remove(0, start, stop)
+            attention.kv_cache.shift(0, start, None, start - stop, attention.rope)
+        self._length -= stop - start
 
     def reset(self) -> None:
         """Forget all tokens."""
