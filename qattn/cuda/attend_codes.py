@@ -130,8 +130,8 @@ def octets(kind: str, size: int) -> Octets:
     """How rows of `size` elements are read."""
     type_ = cache_types.of_kind(kind)
     blocks, code_bytes = -(-size // BLOCK), BLOCK * type_.bits // 8
-    bits, in_blocks, offset = type_.bits, type_.in_blocks, type_.offset
-    each, scales, scale_word, offset_word = 8 if bits == 8 else 4, blocks * code_bytes, 2 if bits in (5, 8) else 1, 3
+    bits, in_blocks, offset, two_words = type_.bits, type_.in_blocks, type_.offset, type_.bits in (5, 8)
+    each, scales, scale_word, offset_word = 8 if bits == 8 else 4, blocks * code_bytes, 2 if two_words else 1, 3
 
     @device
     def bring(array, row, block, octet, to, step):  # type: ignore[no-untyped-def]
@@ -157,7 +157,7 @@ def octets(kind: str, size: int) -> Octets:
     @device
     def pairs(from_, step, block, octet):  # type: ignore[no-untyped-def]
         first, second, scale, start = ptx.load_shared_4(from_), uint32(0), uint32(0), uint32(0)
-        if bits in (5, 8):
+        if two_words:
             second = ptx.load_shared_4(from_ + uint32(step))
         if in_blocks:
             scale = twice(from_ + uint32(scale_word * step), block)
