@@ -39,5 +39,6 @@ from qattn.rope import RotaryEmbedding as RotaryEmbedding
 from qattn.rope import YaRN as YaRN
 from qattn.softmax_attention import alibi_slopes as alibi_slopes
 from qattn.softmax_attention import attention as attention
+from qattn.softmax_attention import relative_biases as relative_biases
 
 __version__ = "0.1.0"

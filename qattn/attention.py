@@ -13,6 +13,7 @@ from qattn._backend import as_array, as_float32, as_host, as_numpy, device_of
 from qattn.architectures import AttentionConfig
 from qattn.array import QuantArray
 from qattn.batch import Batch
+from qattn.devices import only as single_device
 from qattn.errors import CacheError, DeviceError
 from qattn.head_steps import HeadNorm, Temperatures, head_norms, logits_of
 from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache, cascading
@@ -25,7 +26,7 @@ from qattn.packing import PackedMatrix
 from qattn.probe import Probe
 from qattn.projection import Projection, heads_of, stores
 from qattn.rope import RotaryEmbedding, Rotation
-from qattn.softmax_attention import score_bias
+from qattn.softmax_attention import by_positions, score_bias
 from qattn.state import State
 
 Array = np.ndarray[Any, Any]
@@ -96,6 +97,8 @@ class AttentionWithRope:
     ) -> None:
         if clip_qkv is not None and not clip_qkv > 0:
             raise ValueError(f"clip_qkv is {clip_qkv}; expected a positive number")
+        if clip_qkv is not None and features.get("latent") is not None:
+            raise NotImplementedError("clip_qkv in multi-head latent attention is not implemented")
         if kv_params.n_kv_heads != num_key_value_heads:
             raise ValueError(
                 f"kv_params has {kv_params.n_kv_heads} KV heads; num_key_value_heads is {num_key_value_heads}"
@@ -114,7 +117,7 @@ class AttentionWithRope:
             **features,
         )
         """All that the layer knows beside its weights."""
-        self.device = _one_device(devices)
+        self.device = single_device(devices)
         """Where weights and cache are, and where `x` must be: "cpu", "cuda:0", …"""
         self.rope = rope
         self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
@@ -288,11 +291,12 @@ class AttentionWithRope:
         row_offsets : (sequences + 1,) integers, optional
             Sequence s of the cache gets the tokens row_offsets[s] to row_offsets[s + 1] - 1.
         positions : (tokens,) integers, optional
-            Angles of the rotary embedding; by default they follow on those of the sequence, from 0.  Masks go by a
-            token's index in its sequence.  With the sections of a multi-section embedding (sections, tokens).
-        mask : (tokens, keys) or (tokens, heads, keys) array, optional
-            Beside the layer's own mask: booleans say which keys of its sequence a token sees, floats are added to the
-            scores.  `keys` are those of the longest sequence, the new ones included.
+            Of the rotary embedding, and of biases by distance; by default they follow on those of the sequence, from 0.
+            With the sections of a multi-section embedding (sections, tokens).  Masks go by a token's index.
+        mask : array, str, MHAMaskVariant or mask, optional
+            An array (tokens, keys) or (tokens, heads, keys), beside the layer's own mask: booleans say which keys of
+            its sequence a token sees, floats are added to the scores.  `keys` are those of the longest sequence, the
+            new ones included.  Others, see `qattn.masks`, take the place of the layer's own.
         return_lse : bool
             Return also the logarithm of each sum of exponentials, (tokens, heads).
         capture : set of str, optional
@@ -324,20 +328,25 @@ class AttentionWithRope:
         given = None if positions is None else ops.token_positions(positions, len(x), self.rope)
         usual = cache.positions_at(batch.slots, batch.places)
         rotation, angles = self._rotation_at(usual if given is None else given, len(x))
-        logits = self._logits
-        if mask is not None:
+        logits, chosen = self._logits, self.mask if mask is None or hasattr(mask, "dtype") else get_mask(mask)
+        if hasattr(mask, "dtype"):
             shape = (len(x), self.num_attention_heads, int(lengths.max(initial=0)))
             logits = logits._replace(bias=score_bias("mask", mask, shape, self.device))
-        cache.check_mask(self.mask, lengths, offsets)
+        logits = by_positions(logits, cache, usual if given is None else given, batch, lengths)
+        cache.check_mask(chosen, lengths, offsets)
         if appends:
             cache.reserve(lengths)
+        cache.coming = lengths, offsets
         with devices.current(self.device):
-            out = self.forward(x, cache, batch._replace(angles=angles).to(self.device), rotation, logits, probe)
+            there = batch._replace(angles=angles).to(self.device)
+            out = self.forward(x, cache, there, rotation, logits, probe, chosen)
         cache.note(lengths, given if appends else None, offsets)
         return out if probe is None else probe.answer(out, return_lse, capture is not None, row_offsets is not None)
 
-    def remember(self, states: Any, *, kv_cache: SequenceCache | None = None) -> None:
-        """Append keys and values of another sequence's states, (tokens, hidden_size): what cross attention looks at.
+    def remember(self, states: Any, *, kv_cache: SequenceCache | None = None, row_offsets: Any = None) -> None:
+        """Append keys and values of other sequences' states, (tokens, hidden_size): what cross attention looks at.
+
+        Sequence s of the cache gets those from row_offsets[s] to row_offsets[s + 1] - 1.
 
         Raises
         ------
@@ -347,7 +356,7 @@ class AttentionWithRope:
         if self._memory is None:
             raise ValueError("the layer attends to its own input, not to another sequence: call it")
         cache = self.kv_cache if kv_cache is None else kv_cache
-        states, offsets = self._check_input(states, cache, None)
+        states, offsets = self._check_input(states, cache, row_offsets)
         with devices.current(self.device):
             ops.store(self._memory(states), cache, offsets)
 
@@ -359,18 +368,19 @@ class AttentionWithRope:
         rotation: Rotation,
         logits: Logits | None = None,
         probe: Probe | None = None,
+        mask: Mask | None = None,
     ) -> Array:
         """The steps of a call, without its checks.
 
         x : (tokens, hidden_size) float32, for which the cache has room
         batch : where they belong, on the layer's device
         rotation : for all of the batch's angles
-        probe : takes along what is computed, instead of the layer's own
+        logits, probe, mask : instead of the layer's own
         """
-        probe = probe or self.probe
+        probe, logits, mask = probe or self.probe, logits or self._logits, self.mask if mask is None else mask
         rows = self._projection(x)  # type: ignore[misc]
         rotation = self._prepare(rows, batch, rotation)
-        merged = self._merge(self._attend(rows, cache, batch, rotation, logits or self._logits, probe), rows)
+        merged = self._merge(self._attend(rows, cache, batch, rotation, logits, probe, mask), rows)
         out: Array = self.o_proj(merged)  # type: ignore[misc]
         if probe is not None:
             probe.projected(x, merged, out)
@@ -378,14 +388,9 @@ class AttentionWithRope:
 
     def rotation(self, positions: int) -> Rotation:
         """The angles of positions 0 … at least `positions` - 1."""
-        if self.rope is not None:
-            return self.rope.rotation(positions, self.device)
-        return self._no_rotation(positions)
-
-    def _no_rotation(self, positions: int) -> Rotation:
-        with devices.current(self.device):
-            nothing = devices.namespace(self.device).empty((positions, 0), np.float32)
-        return Rotation(nothing, nothing, neox=False)
+        if self.rope is None:
+            return Rotation.none(positions, self.device)
+        return self.rope.rotation(positions, self.device)
 
     def _rotation_at(self, positions: Any, tokens: int) -> tuple[Rotation, Array]:
         """The angles of tokens at these positions: a table, and a row of it for each token."""
@@ -425,7 +430,7 @@ class AttentionWithRope:
         if c.norm_after_rope:
             heads = sum(count for count, _ in heads_of(c)[:2])
             backend.rotate_heads(rows, heads, c.head_dim, rotation, batch.angles)
-            rotation = self._no_rotation(len(rotation.cos))
+            rotation = Rotation.none(len(rotation.cos), self.device)
         for norm, first in self._norms:
             norm(rows, first)
         if self._temperatures is not None:
@@ -434,13 +439,20 @@ class AttentionWithRope:
         return rotation
 
     def _attend(
-        self, rows: Array, cache: SequenceCache, batch: Batch, rotation: Rotation, logits: Logits, probe: Probe | None
+        self,
+        rows: Array,
+        cache: SequenceCache,
+        batch: Batch,
+        rotation: Rotation,
+        logits: Logits,
+        probe: Probe | None,
+        mask: Mask,
     ) -> Array:
         """Rotate q and k, append k and v to the cache, and attend: (tokens, heads, value_dim) float32."""
         c, backend, exact = self.config, backends.of(rows), self.precision == "exact"
         heads = backend.scratch("heads", (len(rows), c.num_attention_heads, c.value_dim))
         if stores(c) and probe is None and not cache.cascade:
-            backend.rotate_and_attend(rows, rotation, batch, cache, self.mask, logits, exact=exact, out=heads)
+            backend.rotate_and_attend(rows, rotation, batch, cache, mask, logits, exact=exact, out=heads)
             return heads  # type: ignore[no-any-return]
         if stores(c):
             q = backend.scratch("q", (len(rows), c.num_attention_heads, c.head_dim))
@@ -449,9 +461,9 @@ class AttentionWithRope:
             backend.rotate_heads(rows, c.num_attention_heads, c.head_dim, rotation, batch.angles)
             q = rows[:, : c.num_attention_heads * c.head_dim].reshape(len(rows), c.num_attention_heads, c.head_dim)
         if probe is not None:  # before attention, which may use q as it likes
-            probe.prepared(q, cache, batch, self.mask, logits)
+            probe.prepared(q, cache, batch, mask, logits)
         attend = cascading.attend if cache.cascade else backend.attend
-        _, lse = attend(q, cache, batch.row_offsets, self.mask, logits, exact=exact, out=heads)
+        _, lse = attend(q, cache, batch.row_offsets, mask, logits, exact=exact, out=heads)
         if probe is not None:
             probe.lse = lse
         return heads  # type: ignore[no-any-return]
@@ -484,10 +496,3 @@ class AttentionWithRope:
             f"{type(self).__name__}(hidden_size={self.hidden_size}, heads={self.num_attention_heads}/{p.n_kv_heads}, "
             f"head_dim={p.head_dim}, wqkv={weights}, {self.rope!r}, cache={p.dtype}, device={self.device!r})"
         )
-
-
-def _one_device(names: Iterable[str] | None) -> str:
-    resolved = [devices.resolve(name) for name in names or ["cpu"]]
-    if len(set(resolved)) > 1:
-        raise NotImplementedError(f"devices are {', '.join(resolved)}; a layer on several devices is not implemented")
-    return resolved[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from qattn.errors import DeviceError
@@ -52,6 +53,20 @@ def missing(index: int) -> str:
     if (int(capability[:-1]), int(capability[-1])) < CAPABILITY:
         return f"its compute capability is {capability[:-1]}.{capability[-1]}, and the kernels need {CAPABILITY[0]}.0"
     return ""
+
+
+def only(names: Iterable[str] | None) -> str:
+    """The one device that is meant; "cpu" for none.
+
+    Raises
+    ------
+    NotImplementedError
+        There are several.
+    """
+    resolved = [resolve(name) for name in names or ["cpu"]]
+    if len(set(resolved)) > 1:
+        raise NotImplementedError(f"devices are {', '.join(resolved)}; a layer on several devices is not implemented")
+    return resolved[0]
 
 
 def namespace(device: str) -> Any:

@@ -10,7 +10,7 @@ from qattn import backends, devices
 from qattn.architectures import AttentionConfig, Norm, Temperature
 from qattn.logits import Logits
 from qattn.projection import heads_of
-from qattn.softmax_attention import alibi_slopes
+from qattn.softmax_attention import alibi_slopes, relative_biases
 from qattn.state import State
 
 Array = np.ndarray[Any, Any]
@@ -63,7 +63,9 @@ def logits_of(c: AttentionConfig, state: State, device: str) -> Logits:
     arrays = {
         "slopes": alibi_slopes(c.num_attention_heads, c.alibi) if c.alibi else None,
         "sinks": state.vector("sinks.weight") if c.sinks else None,
-        "distances": distances(state.vector("buckets.weight"), c.distances == "two-sided") if c.distances else None,
+        "distances": relative_biases(state.vector("buckets.weight"), c.distances == "two-sided")
+        if c.distances
+        else None,
     }
     for name, values in arrays.items():
         if values is not None and len(values) != c.num_attention_heads:
@@ -86,31 +88,3 @@ class Temperatures:
             steps = np.floor((np.arange(max(positions, 2 * len(self._table), 256)) + offset) / length)
             self._table = devices.asarray((1 + scale * np.log1p(steps)).astype(np.float32), self._device)
         return self._table
-
-
-_FARTHEST = 128  # tokens: T5's buckets do not tell longer distances apart
-
-
-def distances(buckets: Array, two_sided: bool) -> Array:
-    """T5's relative position biases (Raffel et al., 2020) by distance: see `Logits`.
-
-    Parameters
-    ----------
-    buckets : (buckets, heads) float32
-        Half of the buckets, or all if keys on one side only are told apart, hold a distance each for the first half of
-        them, and then distances that grow by equal factors up to 128.
-    two_sided : bool
-        Later keys have half of the buckets to themselves.
-
-    Returns
-    -------
-    (heads, 257) float32
-    """
-    away = np.arange(-_FARTHEST, _FARTHEST + 1)
-    count = len(buckets) // 2 if two_sided else len(buckets)
-    exact, distance = count // 2, np.abs(away) if two_sided else np.maximum(-away, 0)
-    with np.errstate(divide="ignore"):
-        growth = np.log(distance / exact) / np.log(_FARTHEST / exact) * (count - exact)
-    far = np.minimum(exact + np.maximum(growth, 0).astype(np.int64), count - 1)
-    chosen = np.where(distance < exact, distance, far) + (count * (away > 0) if two_sided else 0)
-    return np.ascontiguousarray(buckets[chosen].T, np.float32)

@@ -176,8 +176,7 @@ def store(kv: Array, cache: SequenceCache, row_offsets: Array | None = None) -> 
     lengths = cache.lengths + np.diff(offsets)
     cache.reserve(lengths)
     batch = Batch.appended(lengths, offsets)._replace(angles=np.zeros(count, np.int64))
-    nothing, q = xp.empty((1, 0), np.float32), xp.empty((count, 0, cache.params.head_dim), np.float32)
-    rotation = Rotation(nothing, nothing, neox=False)
+    rotation, q = Rotation.none(1, cache.device), xp.empty((count, 0, cache.params.head_dim), np.float32)
     backends.of(kv).rotate_and_store(kv, rotation, batch.to(cache.device), cache, q)
     cache.note(lengths)
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from qattn import _check, backends, devices, masks
-from qattn._backend import as_array, as_float32, device_of, namespace
-from qattn.kv_cache import KVCache, KVCacheParams
+from qattn._backend import as_array, as_float32, as_host, device_of, namespace
+from qattn.batch import Batch
+from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache
 from qattn.logits import Logits
 from qattn.masks import Mask
-from qattn.ops import check_row_offsets, output, same_device, store
+from qattn.ops import PRECISIONS, Precision, check_row_offsets, output, same_device, store
 
 Array = np.ndarray[Any, Any]
 
@@ -19,7 +20,7 @@ Array = np.ndarray[Any, Any]
 def attention(
     q: Any,
     k: Any,
-    v: Any,
+    v: Any = None,
     *,
     mask: Any = "causal",
     window: int | None = None,
@@ -29,17 +30,20 @@ def attention(
     softcap: float = 0.0,
     alibi: Any = None,
     sinks: Any = None,
+    distances: Any = None,
     bias: Any = None,
+    precision: Precision = "exact",
     out: Array | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Softmax attention of queries over given keys and values.
+    """Softmax attention of queries over given keys and values, or over those in a cache.
 
     Parameters
     ----------
     q : (tokens, heads, head_dim) floats
     k : (keys, kv_heads, head_dim) floats;  v : (keys, kv_heads, value_dim) floats
         `heads` is a multiple of `kv_heads`.  float16 keys and values are kept as they are, others become float32.
+        Or k is a cache, of any type, and v is left out: the queries belong to its last tokens.
     mask : str, MHAMaskVariant, mask, or array
         See `qattn.masks`; the last query is aligned with the last key.  An array (tokens, keys) or
         (tokens, heads, keys) of booleans says which keys are seen, one of floats is added to the scores.
@@ -47,8 +51,8 @@ def attention(
         Of a mask by name that has one.
     row_offsets, key_offsets : (sequences + 1,) integers, optional
         Several sequences, packed: sequence s has the queries row_offsets[s] … row_offsets[s + 1] - 1 and the keys that
-        key_offsets, by default the same, tells.  Queries see their own sequence alone, and keys are counted in it: so
-        an array as a mask, or a bias, has a column for each key of the longest one.
+        key_offsets, by default the same, tells; those of a cache are in the cache.  Queries see their own sequence
+        alone, and keys are counted in it: so an array as a mask, or a bias, has a column for each key of the longest.
     scale : float, optional
         Factor of the scores, 1 / sqrt(head_dim) by default.
     softcap : float
@@ -57,15 +61,19 @@ def attention(
         Slopes: a score loses its head's slope times the distance of query and key; see `alibi_slopes`.
     sinks : (heads,) floats, optional
         A score in the softmax of each head that no key and no value belong to.
+    distances : (heads, 2 · span + 1) floats, optional
+        Added to a score by how far its key is behind the query, from -span to span; see `relative_biases`.
     bias : (tokens, keys) or (tokens, heads, keys) floats, optional
         Added to the scores.
+    precision : "exact" or "int8"
+        In float32; or as fast as the type of a cache allows, as in a layer.
     return_lse : bool
         Return also the logarithm of each row's sum of exponentials, (tokens, heads).
 
     Returns
     -------
     (tokens, heads, value_dim) float32
-        Computed in float32; exp2 has a relative error below 3e-7.  A query that sees no key gives zeros.
+        exp2 has a relative error below 3e-7.  A query that sees no key gives zeros.
 
     Raises
     ------
@@ -73,40 +81,86 @@ def attention(
         For shapes that don't fit together.
     DeviceError
         If the arrays are on different devices.
+    CacheError
+        If queries see what a window of the cache has left behind.
+
+    Examples
+    --------
+    >>> q, k, v = np.ones((2, 4, 8)), np.ones((5, 2, 8)), np.ones((5, 2, 8))
+    >>> attention(q, k, v, mask="sliding_window_causal", window=3).shape
+    (2, 4, 8)
+    >>> cache = KVCache(KVCacheParams(n_kv_heads=2, head_dim=8, dtype="q8_0"))
+    >>> cache.append(k, v)
+    >>> attention(q, cache, alibi=alibi_slopes(4)).shape
+    (2, 4, 8)
     """
-    q, k, v = (as_array(a, name) for a, name in ((q, "q"), (k, "k"), (v, "v")))
+    _check.choice("precision", precision, PRECISIONS)
+    q = as_array(q, "q")
+    _check.shape("q", q, ("tokens", "heads", "head_dim"))
+    xp, device, (tokens, heads, head_dim) = namespace(q), device_of(q), q.shape
+    with devices.current(device):
+        kept = _kept if isinstance(k, SequenceCache) else _cached
+        cache, rows = kept(q, k, v, row_offsets, key_offsets)
+        lengths, longest = cache.lengths, int(cache.lengths.max())
+        chosen, bias = _mask_and_bias(mask, window, bias, (tokens, heads, longest), device)
+        if (np.diff(rows) > lengths).any() and chosen.bounds(0, longest) != (0, longest):
+            raise ValueError(
+                f"q has {tokens} tokens, k has {longest}; the last of each are aligned, so k needs as many"
+            )
+        cache.check_mask(chosen, lengths, rows)
+        given = {"slopes": ("alibi", alibi), "sinks": ("sinks", sinks), "distances": ("distances", distances)}
+        arrays = {
+            n: None if values is None else _per_head(name, values, heads, xp) for n, (name, values) in given.items()
+        }
+        logits = Logits(head_dim**-0.5 if scale is None else scale, softcap, **arrays, bias=bias)
+        if isinstance(k, SequenceCache):
+            batch = Batch.appended(np.maximum(lengths, np.diff(rows)), rows)
+            logits = by_positions(logits, cache, cache.positions_at(batch.slots, batch.places), batch, lengths)
+        out = output(out, xp, (tokens, heads, cache.params.values))
+        queries = xp.array(q, np.float32)  # a copy, since back ends may use it as they like
+        _, lse = backends.of(q).attend(
+            queries, cache, xp.asarray(rows), chosen, logits, exact=precision == "exact", out=out
+        )
+    return (out, lse) if return_lse else out
+
+
+def _cached(q: Array, k: Any, v: Any, row_offsets: Any, key_offsets: Any) -> tuple[SequenceCache, Array]:
+    """A cache of given keys and values, and whose tokens q has."""
+    k, v = as_array(k, "k"), as_array(v, "v")
     for other, name in ((k, "k is"), (v, "v is")):
         same_device(q, device_of(other), name)
-    xp = namespace(q)
-    _check.shape("q", q, ("tokens", "heads", "head_dim"))
     _check.shape("k", k, ("keys", "kv_heads", q.shape[2]))
     _check.shape("v", v, (*k.shape[:2], "value_dim"))
-    tokens, heads, head_dim = q.shape
     keys, kv_heads, value_dim = v.shape
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q has {heads} heads, k has {kv_heads}; expected a multiple")
-    rows, columns = _offsets(row_offsets, key_offsets, tokens, keys)
-    longest = int(np.diff(columns).max())
-    chosen, bias = _mask_and_bias(mask, window, bias, (tokens, heads, longest), device_of(q))
-    if (np.diff(rows) > np.diff(columns)).any() and chosen.bounds(0, longest) != (0, longest):
-        raise ValueError(f"q has {tokens} tokens, k has {keys}; the last of each are aligned, so k needs as many")
-    dtype = "float16" if k.dtype == v.dtype == np.float16 else "float32"
-    with devices.current(device_of(q)):
-        logits = Logits(
-            head_dim**-0.5 if scale is None else scale,
-            softcap,
-            None if alibi is None else _per_head("alibi", alibi, heads, xp),
-            None if sinks is None else _per_head("sinks", sinks, heads, xp),
-            bias,
+    if kv_heads == 0 or q.shape[1] % kv_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, k has {kv_heads}; expected a multiple")
+    rows, columns = _offsets(row_offsets, key_offsets, len(q), keys)
+    params = KVCacheParams(
+        kv_heads, q.shape[2], value_dim, dtype="float16" if k.dtype == v.dtype == np.float16 else "float32"
+    )
+    cache = KVCache(params, len(rows) - 1, device=device_of(q))
+    kv = namespace(q).concatenate(
+        [k.reshape(keys, kv_heads * q.shape[2]), v.reshape(keys, kv_heads * value_dim)], axis=1
+    )
+    store(as_float32(kv), cache, columns)
+    return cache, rows
+
+
+def _kept(q: Array, cache: Any, v: Any, row_offsets: Any, key_offsets: Any) -> tuple[SequenceCache, Array]:
+    """The same for a cache that there is."""
+    if v is not None or key_offsets is not None:
+        raise ValueError(
+            "k is a cache, which has the values and tells whose keys are whose; leave v and key_offsets out"
         )
-        cache = KVCache(KVCacheParams(kv_heads, head_dim, value_dim, dtype=dtype), len(rows) - 1, device=device_of(q))
-        kv = xp.concatenate(
-            [k.reshape(keys, kv_heads * head_dim), v.reshape(keys, kv_heads * value_dim)], axis=1
-        ).astype(np.float32, copy=False)
-        store(as_float32(kv), cache, columns)
-        out = output(out, xp, (tokens, heads, value_dim))
-        _, lse = backends.of(q).attend(as_float32(q), cache, xp.asarray(rows), chosen, logits, exact=True, out=out)
-    return (out, lse) if return_lse else out
+    same_device(q, cache.device, "the cache is")
+    _check.shape("q", q, ("tokens", "heads", cache.params.head_dim))
+    if q.shape[1] % cache.params.n_kv_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, the cache {cache.params.n_kv_heads}; expected a multiple")
+    if row_offsets is None and cache.sequences > 1:
+        raise ValueError(f"the cache has {cache.sequences} sequences; row_offsets must say which tokens are whose")
+    rows = check_row_offsets([0, len(q)] if row_offsets is None else row_offsets, len(q), "q")
+    _check.shape("row_offsets", rows, (cache.sequences + 1,))
+    return cache, rows
 
 
 def alibi_slopes(heads: int, max_bias: float = 8.0) -> Array:
@@ -118,6 +172,41 @@ def alibi_slopes(heads: int, max_bias: float = 8.0) -> Array:
     power = 2 ** int(np.log2(heads))
     first, rest = np.arange(1, power + 1), np.arange(1, 2 * (heads - power), 2)
     return np.exp2(-max_bias * np.concatenate([first / power, rest / (2 * power)])).astype(np.float32)  # type: ignore[no-any-return]
+
+
+_FARTHEST = 128  # tokens: T5's buckets do not tell longer distances apart
+
+
+def relative_biases(buckets: Any, two_sided: bool) -> Array:
+    """T5's relative position biases (Raffel et al., 2020) by distance, as `attention` takes them.
+
+    Parameters
+    ----------
+    buckets : (buckets, heads) float32
+        Half of the buckets, or all if keys on one side only are told apart, hold a distance each for the first half of
+        them, and then distances that grow by equal factors up to 128.
+    two_sided : bool
+        Later keys have half of the buckets to themselves.
+
+    Returns
+    -------
+    (heads, 257) float32
+
+    Examples
+    --------
+    >>> relative_biases(np.arange(32.0)[:, None], two_sided=False)[0, [128, 127, 126, 28]]
+    array([ 0.,  1.,  2., 30.], dtype=float32)
+    """
+    buckets = as_host(buckets, "buckets")
+    _check.shape("buckets", buckets, ("buckets", "heads"))
+    away = np.arange(-_FARTHEST, _FARTHEST + 1)
+    count = len(buckets) // 2 if two_sided else len(buckets)
+    exact, distance = count // 2, np.abs(away) if two_sided else np.maximum(-away, 0)
+    with np.errstate(divide="ignore"):
+        growth = np.log(distance / exact) / np.log(_FARTHEST / exact) * (count - exact)
+    far = np.minimum(exact + np.maximum(growth, 0).astype(np.int64), count - 1)
+    chosen = np.where(distance < exact, distance, far) + (count * (away > 0) if two_sided else 0)
+    return np.ascontiguousarray(buckets[chosen].T, np.float32)
 
 
 def score_bias(name: str, array: Any, shape: tuple[int, int, int], device: str) -> Array:
@@ -132,6 +221,32 @@ def score_bias(name: str, array: Any, shape: tuple[int, int, int], device: str) 
         if array.dtype == bool:
             array = xp.where(array, np.float32(0), np.float32(-np.inf))
         return xp.ascontiguousarray(array, dtype=np.float32)  # type: ignore[no-any-return]
+
+
+def by_positions(logits: Logits, cache: SequenceCache, positions: Array, batch: Batch, lengths: Array) -> Logits:
+    """Biases by distance as an array, if positions are no indices: kernels know indices alone.
+
+    positions : (tokens,) or (rows, tokens) int64, of which the largest counts, of a batch on the host
+    lengths : (sequences,) int64, the new tokens included
+    """
+    if logits.slopes is None and logits.distances is None:
+        return logits
+    largest, new = positions if positions.ndim == 1 else positions.max(axis=0), np.diff(batch.row_offsets)
+    keys = [cache.positions(s)[: lengths[s] - new[s]] for s in range(len(lengths))]
+    if (largest == batch.places).all() and all((each == np.arange(len(each))).all() for each in keys):
+        return logits
+    device, xp = cache.device, devices.namespace(cache.device)
+    apart = np.zeros((len(largest), int(lengths.max(initial=0))), np.int64)
+    for s, before in enumerate(keys):
+        mine = largest[batch.row_offsets[s] : batch.row_offsets[s + 1]]
+        apart[batch.row_offsets[s] : batch.row_offsets[s + 1], : lengths[s]] = [*before, *mine] - mine[:, None]
+    there, bias = devices.asarray(apart, device), 0 if logits.bias is None else logits.bias
+    if logits.slopes is not None:
+        bias = bias - logits.slopes[:, None] * xp.abs(there)[:, None].astype(np.float32)
+    if logits.distances is not None:
+        span = logits.distances.shape[1] // 2
+        bias = bias + logits.distances[:, xp.clip(there, -span, span) + span].transpose(1, 0, 2)
+    return logits._replace(slopes=None, distances=None, bias=xp.ascontiguousarray(bias, dtype=np.float32))
 
 
 def _offsets(row_offsets: Any, key_offsets: Any, tokens: int, keys: int) -> tuple[Array, Array]:
@@ -162,5 +277,7 @@ def _mask_and_bias(
 
 def _per_head(name: str, values: Any, heads: int, xp: Any) -> Array:
     values = xp.ascontiguousarray(xp.asarray(values), dtype=np.float32)
-    _check.shape(name, values, (heads,))
+    _check.shape(name, values, (heads, "distances") if name == "distances" else (heads,))
+    if values.ndim == 2 and values.shape[1] % 2 == 0:
+        raise ValueError(f"distances has {values.shape[1]} columns; expected an odd number, the same for both sides")
     return values  # type: ignore[no-any-return]

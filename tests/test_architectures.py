@@ -40,6 +40,27 @@ def test_a_description_gives_the_recorded_block(path):
             assert nmse(output, recorded[f"wo-{layer}"]) < 1e-10
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_layer_gives_the_recorded_block(path):
+    recorded = np.load(path.with_suffix(".npz"))
+    for layer in [int(name[2:]) for name in recorded.files if name.startswith("x-")]:
+        for precision, cache_dtype, limit in (("exact", "float32", 1e-11), ("int8", "bfloat16", 3e-4)):
+            attn = qattn.GGUFQAttentionWithRope.from_gguf(path, layer, precision=precision, cache_dtype=cache_dtype)
+            output, seen = attn(recorded[f"x-{layer}"], capture={"heads"})
+            assert nmse(seen["heads"].reshape(len(output), -1), recorded[f"kqv-{layer}"]) < limit
+            with qattn.open(path) as model:
+                scale = output_scale(model, attn.config)
+            want = recorded[f"wo-{layer}"] * scale + (0 if attn.o_proj.bias is None else attn.o_proj.bias)
+            assert nmse(output, want) < limit
+
+
+def output_scale(model, config):
+    """What a file multiplies the output by, behind the recorded product."""
+    name = f"{config.prefix}{config.output}.scale"
+    applied = name in model and f"{config.output}.scale" not in config.unused
+    return config.output_scale * (float(np.asarray(model.mapped(name)).ravel()[0]) if applied else 1.0)
+
+
 def test_all_recorded_files_are_supported_as_a_whole():
     assert len(FILES) == 35
     for path in FILES:

@@ -1,5 +1,7 @@
 """Every feature of a layer, alone and together, against float64: descriptions and weights at random."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -118,6 +120,7 @@ def test_any_features_agree_with_float64(described, tokens, cut):
 
 def plain(**features):
     """A small layer: 4 heads of 8, and 2 KV heads."""
+    features = {"rope": qattn.RotaryEmbedding(8), "scale": 8**-0.5} | features
     tensors = Tensors(
         {
             f"attn_{name}.weight": normal((rows, columns), seed) / 4
@@ -126,7 +129,7 @@ def plain(**features):
             )
         }
     )
-    return AttentionConfig(HIDDEN, 4, 2, 8, 8, qattn.RotaryEmbedding(8), 8**-0.5, **features), tensors
+    return AttentionConfig(HIDDEN, 4, 2, 8, 8, **features), tensors
 
 
 def test_a_gate_may_lie_in_the_weights_of_q():
@@ -159,16 +162,18 @@ def test_a_layer_may_read_the_cache_of_another():
 
 
 def test_cross_attention_sees_all_of_another_sequence():
-    config, tensors = plain(cross=True, mask=masks.Null())
+    config, tensors = plain(cross=True, mask=masks.Null(), rope=None)
     attn, x, states = loaded(config, tensors), normal((9, HIDDEN), 1), normal((5, HIDDEN), 2)
     attn.remember(states[:2])
     attn.remember(states[2:])
-    no_turn = AttentionConfig(**{**vars(config), "rope": None})
-    attn = loaded(no_turn, tensors)
-    attn.remember(states)
-    want = block(no_turn, tensors, x, other=states)[1]
+    want = block(config, tensors, x, other=states)[1]
     assert nmse(attn(x), want) < 1e-10
     assert nmse(np.concatenate([attn(x[:4]), attn(x[4:])]), want) < 1e-10
+    both = qattn.KVCache(attn.kv_params, 2)
+    attn.remember(np.concatenate([states, states[:3]]), kv_cache=both, row_offsets=[0, 5, 8])
+    got = attn(np.concatenate([x, x]), kv_cache=both, row_offsets=[0, 9, 18])
+    assert nmse(got[:9], want) < 1e-10
+    assert nmse(got[9:], block(config, tensors, x, other=states[:3])[1]) < 1e-10
     with pytest.raises(ValueError, match="the layer attends to its own input"):
         loaded(*plain()).remember(states)
 
@@ -187,3 +192,64 @@ def test_mistakes_are_named():
         loaded(config, tensors)
     with pytest.raises(ValueError, match="clamp_qkv is -1; expected a positive number"):
         plain(clamp_qkv=-1)
+    with pytest.raises(ValueError, match=r"gate\.function is 'relu'; expected one of 'sigmoid', 'softplus'"):
+        plain(gate=Gate("relu"))
+    for features in ({"rope": None, "k_norm": Norm("rms", 1e-5)}, {"rope": None, "v_norm": Norm("rms", 1e-5)}, {}):
+        with pytest.raises(NotImplementedError, match="cross attention with a rotary embedding, k_norm or v_norm"):
+            plain(cross=True, **features)
+    with pytest.raises(NotImplementedError, match="a temperature beside a rotary embedding with sections"):
+        plain(temperature=Temperature(4, 0.5), rope=qattn.RotaryEmbedding(8, sections=(2, 1, 1)))
+
+
+def test_a_call_may_bring_its_own_mask():
+    config, tensors = plain()
+    x = normal((9, HIDDEN), 1)
+    for mask in (masks.SlidingWindow(3), "null", qattn.MHAMaskVariant.NULL_MASK):
+        other = dataclasses.replace(config, mask=masks.get(mask))
+        assert nmse(loaded(config, tensors)(x, mask=mask), block(other, tensors, x)[1]) < 1e-10
+    with pytest.raises(ValueError, match="there is no mask named 'diagonal'"):
+        loaded(config, tensors)(x, mask="diagonal")
+
+
+@settings(max_examples=20)
+@given(
+    before=st.integers(1, 30), parents=st.lists(st.integers(0, 9), min_size=1, max_size=9),
+    feature=st.sampled_from([{}, {"alibi": 8.0}, {"distances": "one-sided", "distance_table": "attn_rel_b.weight"}]),
+)  # fmt: skip
+def test_branches_of_a_tree_are_sequences(before, parents, feature):
+    """Drafted tokens whose mask is a tree, and whose positions are depths, come out as each branch alone would."""
+    config, tensors = plain(**feature)
+    tensors["attn_rel_b.weight"] = normal((8, 4), 9)
+    parents = [-1] + [min(parent, i) for i, parent in enumerate(parents)]
+    ancestors = np.eye(len(parents), dtype=bool)
+    for i, parent in enumerate(parents[1:], 1):
+        ancestors[i] |= ancestors[parent]
+    x, drafts = normal((before, HIDDEN)), normal((len(parents), HIDDEN), 1)
+    attn = loaded(config, tensors)
+    attn(x)
+    mask = np.concatenate([np.ones((len(parents), before), bool), ancestors], axis=1)
+    positions = before - 1 + ancestors.sum(axis=1)
+    got = attn(drafts, mask=mask, positions=positions)
+    for i, branch in enumerate(ancestors):
+        alone = loaded(config, tensors)
+        alone(x)
+        assert nmse(got[i], alone(drafts[branch])[-1]) < 1e-10
+    kept = np.flatnonzero(ancestors[-1])  # the last branch is taken: what follows is as if there had been no others
+    for i in reversed(range(len(parents))):
+        if i not in kept:
+            attn.kv_cache.remove(0, before + i, before + i + 1)
+    assert nmse(attn(normal((2, HIDDEN), 3)), alone(normal((2, HIDDEN), 3))) < 1e-10
+
+
+def test_distances_go_by_positions():
+    """Also where tokens have been removed, or come with positions of their own."""
+    for feature in ({"alibi": 8.0}, {"distances": "two-sided", "distance_table": "attn_rel_b.weight"}):
+        config, tensors = plain(rope=None, mask=masks.Null(), **feature)
+        tensors["attn_rel_b.weight"] = normal((16, 4), 9)
+        x, positions = normal((20, HIDDEN)), np.array([*range(5), *range(12, 20)])
+        whole = loaded(config, tensors)(x, mask=np.broadcast_to(np.isin(np.arange(20), positions), (20, 20)))
+        assert nmse(loaded(config, tensors)(x[positions], positions=positions), whole[positions]) < 1e-10
+        attn = loaded(config, tensors)
+        attn(x[:19])
+        attn.kv_cache.remove(0, 5, 12)
+        assert nmse(attn(x[19:]), whole[19:]) < 1e-10

@@ -116,5 +116,9 @@ def test_mistakes_are_named():
     _, apart = weights(latent, 4)
     with pytest.raises(ValueError, match=r"k_b_proj.weight has 3 matrices; expected 4"):
         latent_layer(latent, 4, apart | {"k_b_proj.weight": apart["k_b_proj.weight"][:3]})
+    with pytest.raises(NotImplementedError, match="clip_qkv in multi-head latent attention"):
+        latent_layer(latent, 4, apart, clip_qkv=1.0)
+    with pytest.raises(NotImplementedError, match="clamp_qkv in multi-head latent attention"):
+        latent_layer(latent, 4, apart, clamp_qkv=1.0)
     with pytest.raises(NotImplementedError, match="multi-head latent attention has no fused weights"):
         _ = latent_layer(latent, 4, apart).wqkv

@@ -146,6 +146,12 @@ class AttentionConfig:
         for name in ("scale", "softcap", "alibi", "value_scale", "output_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number")
+        if self.cross and (self.rope or self.k_norm or self.v_norm):
+            raise NotImplementedError("cross attention with a rotary embedding, k_norm or v_norm is not implemented")
+        if self.temperature is not None and self.rope is not None and self.rope.sections:
+            raise NotImplementedError("a temperature beside a rotary embedding with sections is not implemented")
+        if self.latent is not None and self.clamp_qkv is not None:
+            raise NotImplementedError("clamp_qkv in multi-head latent attention is not implemented")
         if self.gate is not None:
             _check.choice("gate.function", self.gate.function, get_args(GateFunction))
         if self.clamp_qkv is not None and not self.clamp_qkv > 0:

@@ -148,7 +148,7 @@ def attend(
     out = np.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
     lse = np.empty(q.shape[:2], np.float32)
     if params.hadamard:
-        hadamard(q.reshape(len(q), -1), 0, q.shape[1], params.head_dim)
+        hadamard(q.reshape(len(q), q.shape[1] * q.shape[2]), 0, q.shape[1], params.head_dim)
     partial = cpu_attention.Partial.room(row_offsets, cache.capacity, q.shape[1], view.value_dim)
     large = cache.capacity * q.size > _LARGE or is_recording()
     parts = 4 * get_num_threads() if large else 1
@@ -157,7 +157,7 @@ def attend(
     if partial.lse.size:
         cpu_attention.merge(row_offsets, cache.counts, params.n_kv_heads, partial, out, lse, parts=parts)
     if params.hadamard:
-        hadamard(out.reshape(len(out), -1), 0, out.shape[1], params.values)
+        hadamard(out.reshape(len(out), out.shape[1] * out.shape[2]), 0, out.shape[1], params.values)
     return out, lse
 
 

@@ -126,14 +126,14 @@ def attend(
 
     params, view = cache.params, cache.view()
     if params.hadamard:
-        cuda_heads.hadamard(q.reshape(len(q), -1), 0, q.shape[1], params.head_dim)
+        cuda_heads.hadamard(q.reshape(len(q), q.shape[1] * q.shape[2]), 0, q.shape[1], params.head_dim)
     out = cupy.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
     lse = cupy.empty(q.shape[:2], np.float32)
     partial = cuda_attention.Partial.room(len(q), len(row_offsets) - 1, q.shape[1], view)
     storage = _storage(params, exact)
     cuda_attention.attend(storage, q, view, row_offsets, cache.counts, mask, logits, out, lse, partial)
     if params.hadamard:
-        cuda_heads.hadamard(out.reshape(len(out), -1), 0, out.shape[1], params.values)
+        cuda_heads.hadamard(out.reshape(len(out), out.shape[1] * out.shape[2]), 0, out.shape[1], params.values)
     return out, lse
 
 

@@ -33,6 +33,9 @@ class CacheBase(abc.ABC):
 
     cascade = False
     """Whether layers should read once what sequences share."""
+    coming: tuple[Array, Array] | None = None
+    """The lengths that sequences will have when the tokens at hand are there, and the row offsets of those: layers tell
+    it, since kernels of a GPU tell only the GPU."""
 
     def __init__(self, params: Any, sequences: int, device: str) -> None:
         if operator.index(sequences) < 1:
@@ -193,8 +196,11 @@ class CacheBase(abc.ABC):
         _check.shape("keys", keys, ("tokens", self.params.n_kv_heads, self.params.head_dim))
         _check.shape("values", values, (len(keys), self.params.n_kv_heads, self.params.values))
         if positions is not None:
-            positions = as_host(positions, "positions").astype(np.int64)
+            positions = as_host(positions, "positions")
             _check.shape("positions", positions, (len(keys),))
+            if len(keys) and (positions.dtype.kind not in "iu" or positions.min() < 0):
+                raise ValueError(f"positions are {positions.tolist()}; expected integers from 0 on")
+            positions = positions.astype(np.int64)
             positions = np.concatenate([self.positions(sequence), positions])
         self._append(sequence, keys, values)
         if positions is not None:
@@ -257,8 +263,7 @@ class CacheBase(abc.ABC):
         offsets = np.zeros(self.sequences + 1, np.int64)
         offsets[sequence + 1 :] = tokens
         with devices.current(self.device):
-            nothing = xp.empty((1, 0), np.float32)
-            rotation, angles = turn or (Rotation(nothing, nothing, neox=False), np.zeros(tokens, np.int64))
+            rotation, angles = turn or (Rotation.none(1, self.device), np.zeros(tokens, np.int64))
             places = np.arange(start, start + tokens)
             batch = Batch(np.full(tokens, sequence), places, angles, offsets).to(self.device)
             rows = xp.asarray(np.ascontiguousarray(rows, dtype=np.float32))

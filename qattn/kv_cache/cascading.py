@@ -174,17 +174,18 @@ def attend(
 ) -> tuple[Array, Array]:
     """What a back end's function of that name does, but shared pages are read once, where that can be.
 
-    It can where the mask is causal, scores depend on no index, and the host knows how long sequences are: on a CPU, or
-    where row_offsets are on the host, after `note`.
+    It can where the mask is causal, and scores depend on no index.  Of row offsets on a GPU, the cache knows what the
+    host needs to: `coming`.
     """
-    backend, plan = backends.of(q), None
+    backend, plan, lengths, there = backends.of(q), None, cache.lengths, devices.asarray(row_offsets, cache.device)
+    if is_cupy(row_offsets) and cache.coming is not None:
+        lengths, row_offsets = cache.coming
     indexed = any(each is not None for each in (logits.slopes, logits.bias, logits.distances))
     if isinstance(cache, PagedMemory) and not is_cupy(row_offsets) and not indexed and type(mask) is Causal:
         new = np.diff(row_offsets)
-        plan = groups(cache.table, np.where(new > 0, (cache.lengths - new) // cache.page_size, 0))
+        plan = groups(cache.table, np.where(new > 0, (lengths - new) // cache.page_size, 0))
     if plan is None or not isinstance(cache, PagedMemory):
-        offsets = devices.asarray(row_offsets, cache.device)
-        return backend.attend(q, cache, offsets, mask, logits, exact=exact, out=out)  # type: ignore[no-any-return]
+        return backend.attend(q, cache, there, mask, logits, exact=exact, out=out)  # type: ignore[no-any-return]
     shared, members = plan
     xp, rows = namespace(q), cache.table
     # What groups share: their tokens together are the last of one sequence, and see all of it
@@ -196,10 +197,10 @@ def attend(
     # What each sequence has for itself
     skip = np.zeros(cache.sequences, np.int64)
     skip[[s for group in members for s in group]] = shared
-    width = max(int((-(-cache.lengths // cache.page_size) - skip).max()), 1)
+    width = max(int((-(-lengths // cache.page_size) - skip).max()), 1)
     at = np.minimum(np.arange(width) + skip[:, None], rows.shape[1] - 1)
-    own = _Part.of(cache, np.take_along_axis(rows, at, axis=1), cache.lengths - skip * cache.page_size)
-    out, lse = backend.attend(q, own, xp.asarray(row_offsets), mask, logits, exact=exact, out=out)
+    own = _Part.of(cache, np.take_along_axis(rows, at, axis=1), lengths - skip * cache.page_size)
+    out, lse = backend.attend(q, own, there, mask, logits, exact=exact, out=out)
     out[chosen], lse[chosen] = merge_states(out[chosen], lse[chosen], some, some_lse)
     return out, lse
 

@@ -33,7 +33,7 @@ class PagedKVCache(PagedMemory):
         For layers whose queries see themselves and at most ``window - 1`` tokens before: pages that no further query
         sees go back to the pool.
     cascade : bool
-        Let causal layers on a CPU read the pages that sequences share once for all of them, as `qattn.cascade` does.
+        Let causal layers read the pages that sequences share once for all of them, as `qattn.cascade` does.
         A token's output then differs by rounding with what is shared.
     device : str
         "cpu", or the GPU whose memory holds it: "cuda:0", …

@@ -119,6 +119,9 @@ def from_function(
     >>> qattn.attention(q, k, v, mask=strided)
     """
 
+    known = _made.get((sees, bounds))
+    if known is not None:
+        return known
     members = {
         "__doc__": f"The mask of {sees.__qualname__}.",
         "__module__": sees.__module__,
@@ -126,10 +129,13 @@ def from_function(
         "sees": staticmethod(sees),
         "bounds": staticmethod(bounds or _all_keys),
     }
-    return type("FunctionMask", (namedtuple("FunctionMask", ()),), members)()  # type: ignore[no-any-return, misc]
+    made: Mask = type("FunctionMask", (namedtuple("FunctionMask", ()),), members)()  # type: ignore[misc]
+    _made[sees, bounds] = made
+    return made
 
 
 _functions = itertools.count()
+_made: dict[Any, Mask] = {}  # so that a function is compiled once
 
 
 def _all_keys(query: int, keys: int) -> tuple[int, int]:

@@ -9,7 +9,10 @@ from qattn.masks._registry import register
 
 @register("prefix_lm")
 class PrefixLM(NamedTuple):
-    """A query at index q sees keys k <= q, and the first `prefix` keys whatever its own index."""
+    """A query at index q sees keys k <= q, and the first `prefix` keys whatever its own index.
+
+    The prefix has to come in one call: tokens don't see what comes later.
+    """
 
     prefix: int
 

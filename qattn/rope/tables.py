@@ -34,6 +34,13 @@ class Rotation(NamedTuple):
     neox: bool
     """Whether pairs are half a head apart."""
 
+    @classmethod
+    def none(cls, positions: int, device: str) -> Rotation:
+        """That of an embedding that turns nothing."""
+        with devices.current(device):
+            nothing = devices.namespace(device).empty((positions, 0), np.float32)
+        return cls(nothing, nothing, neox=False)
+
 
 class RotaryEmbedding:
     """The rotary embedding of a model: how fast each pair of a head's elements turns with the position.
