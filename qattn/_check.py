@@ -47,3 +47,28 @@ def at_least(name: str, value: int, minimum: int) -> None:
         raise TypeError(f"{name} is {value!r}; expected an integer")
     if value < minimum:
         raise ValueError(f"{name} is {value}; expected at least {minimum}")
+
+
+MAX_POSITION = (1 << 24) - 1  # of a token: no context is longer, and tables of angles have a row for each
+
+
+def positions(name: str, array: Any) -> None:
+    """Raise ValueError unless a NumPy array holds positions: integers from 0 to `MAX_POSITION`."""
+    if array.dtype.kind not in "iu" and array.size:
+        raise ValueError(f"{name} have dtype {array.dtype}; expected integers")
+    for worst, wrong in (
+        (array.min(initial=0), array.min(initial=0) < 0),
+        (array.max(initial=0), array.max(initial=0) > MAX_POSITION),
+    ):
+        if wrong:
+            where = ", ".join(map(str, np.argwhere(array == worst)[0]))
+            raise ValueError(f"{name}[{where}] is {worst}; a position is at least 0, and at most {MAX_POSITION}")
+
+
+def finite(name: str, array: Any) -> None:
+    """Raise ValueError if a NumPy array of floats holds NaN or infinity."""
+    if not np.isfinite(array).all():
+        where = np.argwhere(~np.isfinite(array))[0]
+        raise ValueError(
+            f"{name}[{', '.join(map(str, where))}] is {array[tuple(where)]}; attention needs finite numbers"
+        )

@@ -336,8 +336,7 @@ class AttentionWithRope:
         cache.check_mask(chosen, lengths, offsets)
         if appends:
             cache.reserve(lengths)
-        cache.coming = lengths, offsets
-        with devices.current(self.device):
+        with devices.current(self.device), cache.appending(lengths, offsets):
             there = batch._replace(angles=angles).to(self.device)
             out = self.forward(x, cache, there, rotation, logits, probe, chosen)
         cache.note(lengths, given if appends else None, offsets)
@@ -408,9 +407,8 @@ class AttentionWithRope:
         with devices.current(self.device):
             x = as_float32(x)
         _check.shape("x", x, ("tokens", self.hidden_size))
-        if self.device == "cpu" and not np.isfinite(x).all():
-            token, column = np.argwhere(~np.isfinite(x))[0]
-            raise ValueError(f"x[{token}, {column}] is {x[token, column]}; attention needs finite numbers")
+        if self.device == "cpu":
+            _check.finite("x", x)
         mine, its = self.kv_params, cache.params
         if (mine.n_kv_heads, mine.head_dim, mine.values) != (its.n_kv_heads, its.head_dim, its.values):
             raise CacheError(f"kv_cache is for {its}; the layer needs {mine}")

@@ -55,7 +55,7 @@ def missing(index: int) -> str:
     return ""
 
 
-def only(names: Iterable[str] | None) -> str:
+def only(names: str | Iterable[str] | None) -> str:
     """The one device that is meant; "cpu" for none.
 
     Raises
@@ -63,7 +63,7 @@ def only(names: Iterable[str] | None) -> str:
     NotImplementedError
         There are several.
     """
-    resolved = [resolve(name) for name in names or ["cpu"]]
+    resolved = [resolve(name) for name in ([names] if isinstance(names, str) else names or ["cpu"])]
     if len(set(resolved)) > 1:
         raise NotImplementedError(f"devices are {', '.join(resolved)}; a layer on several devices is not implemented")
     return resolved[0]

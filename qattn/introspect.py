@@ -139,8 +139,8 @@ def ablated(model: Any, layer: int, heads: Iterable[int], factor: float = 0.0) -
     attention = attention_of(model, layer)
     before, count = attention.head_scale, attention.num_attention_heads
     scale = np.ones(count, np.float32) if before is None else before.copy()
-    for head in heads:
-        if not 0 <= operator.index(head) < count:
+    for head in dict.fromkeys(heads):
+        if isinstance(head, (bool, np.bool_)) or not 0 <= operator.index(head) < count:
             raise ValueError(f"head is {head}; layer {layer} has heads 0 to {count - 1}")
         scale[head] *= factor
     attention.head_scale = scale

@@ -141,7 +141,10 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
     with devices.current(device_of(x)):
         out = output(out, xp, x.shape)
         rotation, angles = rotary.rotation_at(positions, device_of(x))
-        backends.of(x).rotate(as_float32(x), rotation, xp.asarray(angles), out)
+        heads = as_float32(x)
+        if heads is not out and xp.may_share_memory(heads, out):
+            heads = heads.copy()
+        backends.of(x).rotate(heads, rotation, xp.asarray(angles), out)
     return out
 
 
@@ -151,8 +154,7 @@ def token_positions(positions: Any, tokens: int, rotary: RotaryEmbedding | None 
     For an embedding with sections also one for each section and token, or up to 4 for each token → (rows, tokens).
     """
     positions = np.asarray(as_host(positions, "positions"))
-    if positions.dtype.kind not in "iu" and positions.size:
-        raise ValueError(f"positions have dtype {positions.dtype}; expected integers")
+    _check.positions("positions", positions)
     positions = positions.astype(np.int64)
     if positions.ndim == 0:
         positions = positions + np.arange(tokens)
@@ -160,9 +162,6 @@ def token_positions(positions: Any, tokens: int, rotary: RotaryEmbedding | None 
     if positions.ndim == 2 and rotary is not None and rotary.sections:
         expected = (max(len(rotary.sections), min(len(positions), 4)), tokens)
     _check.shape("positions", positions, expected)
-    if positions.size and positions.min() < 0:
-        worst = np.unravel_index(positions.argmin(), positions.shape)
-        raise ValueError(f"positions[{', '.join(map(str, worst))}] is {positions[worst]}; a position is at least 0")
     return positions
 
 
@@ -183,7 +182,10 @@ def store(kv: Array, cache: SequenceCache, row_offsets: Array | None = None) -> 
 
 def check_row_offsets(offsets: Any, rows: int, what: str) -> Array:
     """Row offsets on the host as int64, checked to rise from 0 to the number of rows."""
-    offsets = as_host(offsets, "row_offsets").astype(np.int64)
+    offsets = as_host(offsets, "row_offsets")
+    if offsets.dtype.kind not in "iu":
+        raise ValueError(f"row_offsets have dtype {offsets.dtype}; expected integers")
+    offsets = offsets.astype(np.int64)
     if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
         raise ValueError(f"row_offsets is {offsets.tolist()}; expected to rise from 0 to {rows}, the tokens of {what}")
     return offsets
@@ -202,6 +204,8 @@ def output(out: Any, xp: Any, shape: tuple[int, ...]) -> Any:
     if not isinstance(out, xp.ndarray) or out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous:
         came = f"{out.dtype} {out.shape}" if hasattr(out, "dtype") else type(out).__name__
         raise ValueError(f"out is {came}; expected a C-contiguous float32 array of shape {shape}")
+    if xp is np and not out.flags.writeable:
+        raise ValueError("out is read-only")
     if not is_aligned(out):
         raise ValueError("out starts in the middle of 16 bytes; on a GPU it must start at a multiple of them")
     return out

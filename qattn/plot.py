@@ -80,11 +80,11 @@ def _draw(axes: Any, weights: Array) -> Any:
 
 def costs(found: Sequence[LayerCost], title: str = "") -> Any:
     """What a quantization costs, layer by layer: the error of the output, and the divergence of each head's weights."""
-    from matplotlib.colors import LogNorm
-
     layers, heads = [cost.layer for cost in found], max(len(cost.kl) for cost in found)
     kl = np.array([np.pad(cost.kl, (0, heads - len(cost.kl)), constant_values=np.nan) for cost in found])
     figure = _figure((10, max(3.5, 1.5 + 0.17 * len(layers))))
+    from matplotlib.colors import LogNorm
+
     figure.suptitle(title, fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.2])
     left.plot([max(cost.nmse, _LEAST) for cost in found], layers, "o-", color="tab:blue", markersize=4, linewidth=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,16 @@ def attention(
                 f"q has {tokens} tokens, k has {longest}; the last of each are aligned, so k needs as many"
             )
         cache.check_mask(chosen, lengths, rows)
+        for name, number in (("scale", 0.0 if scale is None else scale), ("softcap", softcap)):
+            if (
+                isinstance(number, str)
+                or np.ndim(number)
+                or not math.isfinite(number)
+                or (name == "softcap" and number < 0)
+            ):
+                raise ValueError(
+                    f"{name} is {number!r}; expected a finite number{', 0 for none' * (name == 'softcap')}"
+                )
         given = {"slopes": ("alibi", alibi), "sinks": ("sinks", sinks), "distances": ("distances", distances)}
         arrays = {
             n: None if values is None else _per_head(name, values, heads, xp) for n, (name, values) in given.items()
@@ -131,6 +142,11 @@ def _cached(q: Array, k: Any, v: Any, row_offsets: Any, key_offsets: Any) -> tup
         same_device(q, device_of(other), name)
     _check.shape("k", k, ("keys", "kv_heads", q.shape[2]))
     _check.shape("v", v, (*k.shape[:2], "value_dim"))
+    for array, name in ((q, "q"), (k, "k"), (v, "v")):
+        if 0 in array.shape[1:]:
+            raise ValueError(f"{name} has shape {array.shape}; heads, and their elements, are at least one")
+        if device_of(q) == "cpu":
+            _check.finite(name, array)
     keys, kv_heads, value_dim = v.shape
     if kv_heads == 0 or q.shape[1] % kv_heads:
         raise ValueError(f"q has {q.shape[1]} heads, k has {kv_heads}; expected a multiple")
@@ -169,6 +185,7 @@ def alibi_slopes(heads: int, max_bias: float = 8.0) -> Array:
     They fall geometrically to ``2**-max_bias`` over the largest power of two of heads; heads beyond it take the odd
     terms of the sequence that is twice as long.
     """
+    _check.at_least("heads", heads, 1)
     power = 2 ** int(np.log2(heads))
     first, rest = np.arange(1, power + 1), np.arange(1, 2 * (heads - power), 2)
     return np.exp2(-max_bias * np.concatenate([first / power, rest / (2 * power)])).astype(np.float32)  # type: ignore[no-any-return]
@@ -218,6 +235,10 @@ def score_bias(name: str, array: Any, shape: tuple[int, int, int], device: str) 
         raise ValueError(f"{name} has shape {array.shape}; expected ({tokens}, {keys}) or {shape}")
     xp, array = namespace(array), array if array.ndim == 3 else array[:, None]
     with devices.current(device):
+        if array.dtype.kind not in "bf":
+            raise ValueError(
+                f"{name} has dtype {array.dtype}; expected booleans (what is seen) or floats (what is added)"
+            )
         if array.dtype == bool:
             array = xp.where(array, np.float32(0), np.float32(-np.inf))
         return xp.ascontiguousarray(array, dtype=np.float32)  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qattn import CacheError, KVCache, KVCacheParams, PagedKVCache, cascade
+from qattn.cuda import attention as cuda_attention
 from tests.reference import nmse
 from tests.strategies import normal
 from tests.test_kv_machine import HIDDEN, PARAMS, ROPE, layer
@@ -78,11 +79,16 @@ def test_a_cascade(cupy):
     assert nmse(outs[1], outs[0]) < 1e-10
 
 
-def test_a_layer_that_can_not_cascade_computes_as_usual(cupy):
-    attn, x, outs = layer(devices=["cuda:0"]), cupy.asarray(normal((260, HIDDEN))), []
+def test_a_layer_may_cascade(cupy, monkeypatch):
+    attn, x, outs, calls = layer(devices=["cuda:0"]), cupy.asarray(normal((260, HIDDEN))), [], []
+    inner = cuda_attention.attend
+    monkeypatch.setattr(cuda_attention, "attend", lambda *arguments: calls.append(1) or inner(*arguments))
     for cascading in (False, True):
         cache = PagedKVCache(PARAMS, 2, pages=6, cascade=cascading, device="cuda:0")
         attn(x, kv_cache=cache, row_offsets=[0, 260, 260])
         cache.fork(0, 1)
+        calls.clear()
         outs.append(attn(x[:3], kv_cache=cache, row_offsets=[0, 1, 3]))
-    assert nmse(outs[1], outs[0]) < 1e-12
+        assert len(calls) == 1 + cascading
+        assert cache.lengths.tolist() == cache.counts.tolist() == [261, 262]
+    assert 0 < nmse(outs[1], outs[0]) < 1e-11

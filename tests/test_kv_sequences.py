@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(kind):
         (lambda: cache.copy(0, 1), "sequence 1 would have 310 tokens, but the cache holds at most 300"),
         (lambda: cache.remove(0, 5, 4), "tokens 5 to 4 of sequence 0 were asked for; it has 20"),
         (lambda: cache.remove(0, -1), "tokens -1 to 20 of sequence 0 were asked for"),
-        (lambda: cache.shift(0, 3, None, -4, ROPE), "by is -4; position 3 of sequence 0 would be negative"),
+        (lambda: cache.shift(0, 3, None, -4, ROPE), "by is -4; positions of sequence 0 would reach from -1 to 15"),
         (lambda: cache.shift(0, 0, 30, 1, ROPE), "tokens 0 to 30 of sequence 0 were asked for"),
         (lambda: cache.positions(2), "there is no sequence 2"),
     ]

@@ -153,7 +153,19 @@ class AttentionConfig:
         if self.latent is not None and self.clamp_qkv is not None:
             raise NotImplementedError("clamp_qkv in multi-head latent attention is not implemented")
         if self.gate is not None:
+            if not isinstance(self.gate, Gate):
+                raise ValueError(f"gate is {self.gate!r}; expected a Gate")
             _check.choice("gate.function", self.gate.function, get_args(GateFunction))
+        for name in ("q_norm", "k_norm", "v_norm", "output_norm"):
+            norm = getattr(self, name)
+            if norm is not None:
+                if not isinstance(norm, Norm):
+                    raise ValueError(f"{name} is {norm!r}; expected a Norm")
+                _check.choice(f"{name}.kind", norm.kind, ("rms", "layer"))
+                if not norm.epsilon >= 0:
+                    raise ValueError(f"{name}.epsilon is {norm.epsilon}; expected 0 or more")
+        if self.softcap < 0:
+            raise ValueError(f"softcap is {self.softcap}; expected 0 (none) or more")
         if self.clamp_qkv is not None and not self.clamp_qkv > 0:
             raise ValueError(f"clamp_qkv is {self.clamp_qkv}; expected a positive number")
         if self.value_from_key and self.head_dim != self.value_dim:

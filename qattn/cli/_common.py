@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qattn.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from qattn.models import Model
@@ -56,6 +59,8 @@ def check_target(path: Path | None, force: bool, endings: tuple[str, ...] = _PIC
     """Raise ValueError or OSError, before any work, for a file that can't be written, or that would be overwritten."""
     if path is None:
         return
+    if endings is _PICTURES and importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("plot", "matplotlib")
     if path.suffix.lower() not in endings:
         raise ValueError(f"{path} ends in {path.suffix!r}; expected {' or '.join(endings)}")
     if not path.parent.is_dir():

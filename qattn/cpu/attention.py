@@ -152,7 +152,7 @@ def _adjust(mask: Any, key: str) -> Callable[..., Any]:
     sees: Any = _method(mask, "sees", key) if chosen else None
 
     @generated(key)
-    def run(scores, tiles, start, query, token, head, logits, mask):  # type: ignore[no-untyped-def]
+    def run(scores, tiles, first, end, start, query, token, head, logits, mask):  # type: ignore[no-untyped-def]
         count = tiles * LANES
         if logits.cap > 0:
             attend_tiles.cap((scores, tiles, logits.cap * _LOG2E))
@@ -168,7 +168,7 @@ def _adjust(mask: Any, key: str) -> Callable[..., Any]:
             for i in range(min(count, row.size - start)):
                 scores[i] += row[start + i] * _LOG2E
         if chosen:
-            for i in range(count):
+            for i in range(max(first, 0), min(end, count)):
                 if not sees(mask, query, start + i):
                     scores[i] = -np.inf
 
@@ -287,7 +287,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
                 query = position + row // group
                 first, end = bounds(mask, query, length)
                 first, end = first - start, min(end, job[5]) - start
-                adjust(s.scores[row * KEY_BLOCK :], tiles, start, query, token + row // group,
+                adjust(s.scores[row * KEY_BLOCK :], tiles, first, end, start, query, token + row // group,
                        head * group + row % group, logits, mask)  # fmt: skip
                 arguments = (s.scores[row * KEY_BLOCK :], weights[row * KEY_BLOCK :], tiles, first, end,
                              s.row_max[row:], s.row_sum[row:], s.factor[row:])  # fmt: skip

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 
 from qattn import cache_types
@@ -38,6 +39,7 @@ def store(kind: str, of_keys: bool) -> Store:
 def _floats(kind: str, of_keys: bool) -> Store:
     narrow, packed, name = narrow_kernel(kind), pack(kind), f"{kind}-{of_keys}"
     element = {"f32": np.float32, "f8": np.uint8}.get(kind, np.uint16)
+    clamps, most = kind == "f16" and not of_keys, np.float32(LARGEST)
 
     @generated(name)
     def room(size):  # type: ignore[no-untyped-def]
@@ -45,6 +47,8 @@ def _floats(kind: str, of_keys: bool) -> Store:
 
     @generated(name)
     def put(x, size, tile, lane, narrowed):  # type: ignore[no-untyped-def]
+        if clamps:  # 0, which the values of hidden keys are multiplied with, would not hide infinity
+            _clamp(x, most)
         narrow((x, narrowed, narrowed.size // LANES))
         for d in range(size):
             if of_keys:
@@ -70,6 +74,7 @@ def _codes(type_: CacheType, of_keys: bool) -> Store:
     @generated(name)
     def put(x, size, tile, lane, room):  # type: ignore[no-untyped-def]
         codes, factors, narrowed = room
+        _clamp(x, np.float32(LARGEST))
         cells = (size + BLOCK - 1) // BLOCK
         for cell in range(cells):
             factors[cell], factors[cells + cell] = rounded(x[cell * BLOCK : (cell + 1) * BLOCK], codes)
@@ -80,6 +85,15 @@ def _codes(type_: CacheType, of_keys: bool) -> Store:
             there[i * (SCALES // 2) + lane] = narrowed[i]
 
     return Store(room, put)
+
+
+LARGEST = 65504.0  # of float16
+
+
+@numba.njit
+def _clamp(x, most):  # type: ignore[no-untyped-def]
+    for d in range(x.size):
+        x[d] = min(max(x[d], -most), most)
 
 
 def _placer(type_: CacheType, of_keys: bool, name: str) -> Any:

@@ -218,8 +218,10 @@ def _softmax(variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callab
         bits, n = uint32(0), int32(0)
         while n < rows * count:
             row, i = int32(n // count), int32(n % count)
-            target = int32(max(seen[uint32(place + 24 * row + 2)], 0))
-            if not sees(given, row_of(given, target, heads, shift).query, int32(key + i // 2 * 8 + i % 2)):
+            at, k = uint32(place + 24 * row), int32(key + i // 2 * 8 + i % 2)
+            target = int32(max(seen[at + 2], 0))
+            within = k >= seen[at] and k < seen[at + 1]
+            if within and not sees(given, row_of(given, target, heads, shift).query, k):
                 bits = uint32(bits | uint32(1) << uint32(n))
             n = int32(n + 1)
         return bits

@@ -7,6 +7,7 @@ two are the same until a sequence is edited, or a layer is given other positions
 from __future__ import annotations
 
 import abc
+import contextlib
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -34,8 +35,8 @@ class CacheBase(abc.ABC):
     cascade = False
     """Whether layers should read once what sequences share."""
     coming: tuple[Array, Array] | None = None
-    """The lengths that sequences will have when the tokens at hand are there, and the row offsets of those: layers tell
-    it, since kernels of a GPU tell only the GPU."""
+    """The lengths that sequences will have when the tokens at hand are there, and the row offsets of those tokens, which
+    kernels tell the GPU alone; None in between."""
 
     def __init__(self, params: Any, sequences: int, device: str) -> None:
         if operator.index(sequences) < 1:
@@ -195,13 +196,15 @@ class CacheBase(abc.ABC):
         keys, values = (as_host(a, name) for a, name in ((keys, "keys"), (values, "values")))
         _check.shape("keys", keys, ("tokens", self.params.n_kv_heads, self.params.head_dim))
         _check.shape("values", values, (len(keys), self.params.n_kv_heads, self.params.values))
+        for array, name in ((keys, "keys"), (values, "values")):
+            if array.dtype.kind not in "fiub":
+                raise ValueError(f"{name} have dtype {array.dtype}; expected floats")
+            _check.finite(name, array)
         if positions is not None:
             positions = as_host(positions, "positions")
             _check.shape("positions", positions, (len(keys),))
-            if len(keys) and (positions.dtype.kind not in "iu" or positions.min() < 0):
-                raise ValueError(f"positions are {positions.tolist()}; expected integers from 0 on")
-            positions = positions.astype(np.int64)
-            positions = np.concatenate([self.positions(sequence), positions])
+            _check.positions("positions", positions)
+            positions = np.concatenate([self.positions(sequence), positions.astype(np.int64)])
         self._append(sequence, keys, values)
         if positions is not None:
             self._place(sequence, positions)
@@ -215,6 +218,7 @@ class CacheBase(abc.ABC):
             If it has fewer, or if the window of the token that follows begins before what is still there.
         """
         self._check(sequence)
+        length = operator.index(length)
         if not 0 <= length <= self.lengths[sequence]:
             raise CacheError(f"length is {length}; sequence {sequence} has {self.lengths[sequence]} tokens")
         if length < self.lengths[sequence]:
@@ -232,6 +236,19 @@ class CacheBase(abc.ABC):
             self.truncate(0, each)
 
     # How
+
+    @contextlib.contextmanager
+    def appending(self, lengths: Array, row_offsets: Array) -> Iterator[None]:
+        """While kernels append: so many tokens sequences will have, and these are theirs.  A failure leaves none."""
+        before, self.coming = self.lengths.copy(), (lengths, row_offsets)
+        try:
+            yield
+        except BaseException:  # an interrupt too
+            for s in range(self.sequences):
+                self._set_length(s, int(before[s]))
+            raise
+        finally:
+            self.coming = None
 
     def _place(self, sequence: int, positions: Array) -> None:
         """Note the positions of a sequence's first tokens; further ones follow on."""

@@ -17,12 +17,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from qattn import _check
 from qattn.errors import CacheError
 
 Array = np.ndarray[Any, Any]
@@ -59,6 +60,7 @@ class State(NamedTuple):
         """What two caches have to have in common, so that one can load what the other has saved."""
         params = {field.name: getattr(self.params, field.name) for field in dataclasses.fields(self.params)}
         params.pop("max_length", None)
+        params["value_dim"] = self.params.values
         return {
             "params": json.loads(json.dumps(params)), "layout": self.layout, "step": self.step,
             "entries": [list(entry) for entry in self.entries],
@@ -102,7 +104,10 @@ def save(path: str | os.PathLike[str], state: State, *, overwrite: bool) -> None
     text = json.dumps(state.description() | {"sequences": lengths}).encode()
     head = _MAGIC + np.array([_VERSION, len(text)], "<u4").tobytes() + text
     blobs = (a for each in state.sequences for a in (each.positions, *each.arrays))
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", prefix=".", delete=False) as file:
+    directory, name = os.path.split(path)
+    if not os.path.isdir(directory or "."):
+        raise FileNotFoundError(f"{directory} is not a directory, so {name} can't be written there")
+    with open(os.path.join(directory, f".{name}.{secrets.token_hex(8)}"), "xb") as file:
         try:
             digest = hashlib.blake2b(digest_size=_DIGEST)
             for piece in (head, *map(_bytes, blobs)):
@@ -197,8 +202,7 @@ def _sequences(description: dict[str, Any], data: Array) -> Iterator[Sequence]:
         if start % step or start > length:
             raise ValueError(f"a sequence of {length} tokens begins at {start}")
         positions, count = take("<i8", length), -(-length // step) - start // step
-        if positions.min(initial=0) < 0:
-            raise ValueError(f"it has position {positions.min()}")
+        _check.positions("positions", positions)
         arrays = [take(dtype, heads, count, n) for dtype, heads, n in entries]
         yield Sequence(start, positions.astype(np.int64), arrays)
     if at != len(data):

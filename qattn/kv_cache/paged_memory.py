@@ -78,11 +78,12 @@ class PagedMemory(SequenceCache):
         return self._seen(lengths) // self.page_size * self.page_size
 
     def _claim(self, sequence: int, start: int, stop: int) -> None:
-        self._prepare([(sequence, start, stop)])
+        self._prepare([(sequence, start, stop)], leave=False)
 
-    def _prepare(self, spans: list[tuple[int, int, int]]) -> None:
+    def _prepare(self, spans: list[tuple[int, int, int]], leave: bool = True) -> None:
         """Give sequences pages of their own for tokens start … stop - 1, and back what they have passed; or raise."""
-        size, rows, held, passed = self.page_size, self._table.rows, self._table.held, self._passed(self.lengths)
+        size, rows, held = self.page_size, self._table.rows, self._table.held
+        passed = self._passed(self.lengths) if leave else self.starts
         leaving: Counter[int] = Counter()
         for s, _, _ in spans:
             leaving.update(rows[s, self.starts[s] // size : passed[s] // size].tolist())

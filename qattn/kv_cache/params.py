@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import numpy as np
 
-from qattn import cache_types
+from qattn import _check, cache_types
 from qattn.cache_types import CacheType
 
 
@@ -61,8 +60,12 @@ class KVCacheParams:
     def __post_init__(self) -> None:
         for name in ("n_kv_heads", "head_dim", "value_dim", "max_length"):
             value = getattr(self, name)
-            if value is not None and operator.index(value) < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
+            if value is not None or name in ("n_kv_heads", "head_dim"):
+                _check.at_least(name, value, 1)
+                object.__setattr__(self, name, int(value))
+        _check.choice("hadamard", self.hadamard, (True, False))
+        if isinstance(self.dtype, (tuple, list)) or self.dtype is None:
+            raise ValueError(f'dtype is {self.dtype!r}; expected a name, or two like "q8_0/q4_0"')
         given = self.dtype if isinstance(self.dtype, str) else np.dtype(self.dtype).name
         names = [cache_types.named(name).name for name in given.lower().split("/", 1)]
         object.__setattr__(self, "dtype", "/".join(dict.fromkeys(names)))

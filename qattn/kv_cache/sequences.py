@@ -151,9 +151,13 @@ class SequenceCache(CacheBase):
         >>> cache.shift(0, 4, None, -half, attn.rope)                   # doctest: +SKIP
         """
         start, stop = self._range(sequence, start, stop)
-        positions = self.positions(sequence)[start:stop] + operator.index(by)
-        if positions.min(initial=0) < 0:
-            raise CacheError(f"by is {by}; position {positions.min() - by} of sequence {sequence} would be negative")
+        positions, by = self.positions(sequence)[start:stop], operator.index(by)
+        if start < stop and not 0 <= int(positions.min()) + by <= int(positions.max()) + by <= _check.MAX_POSITION:
+            raise CacheError(
+                f"by is {by}; positions of sequence {sequence} would reach from {int(positions.min()) + by} to "
+                f"{int(positions.max()) + by}, and are from 0 to {_check.MAX_POSITION}"
+            )
+        positions = positions + (by if start < stop else 0)
         self._turn(sequence, start, positions, rope)
 
     def divide(self, sequence: int, start: int, stop: int | None, by: int, rope: RotaryEmbedding | None) -> None:
@@ -177,6 +181,7 @@ class SequenceCache(CacheBase):
         """
         start, stop = self._range(sequence, start, stop)
         _check.at_least("by", by, 1)
+        by = min(int(by), _check.MAX_POSITION + 1)  # from there on, all are 0
         if rope is not None and rope.sections:
             raise NotImplementedError("positions in sections can't be divided: only the largest of a token is known")
         self._turn(sequence, start, self.positions(sequence)[start:stop] // by, rope)

@@ -88,6 +88,10 @@ def get(mask: str | MHAMaskVariant | Mask, window: int | None = None) -> Mask:
         For a name that is no mask's, or a window that is missing, needless or not positive.
     """
     if not isinstance(mask, (str, MHAMaskVariant)):
+        if isinstance(mask, type) or not hasattr(mask, "bounds"):
+            raise ValueError(f"mask is {mask!r}; expected a name ({', '.join(names())}), a variant or a mask")
+        if window is not None:
+            raise ValueError(f"window is {window}; the mask {mask} has its own already")
         return mask
     name = mask if isinstance(mask, str) else mask.value
     if name not in names():

@@ -206,7 +206,15 @@ class Decoder:
         return record.joined()
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens of the sequence, and forget the rest."""
+        """Keep the first `length` tokens of the sequence, and forget the rest.
+
+        Raises
+        ------
+        CacheError
+            There are fewer.
+        """
+        if not 0 <= length <= self._length:
+            raise CacheError(f"length is {length}; there are {self._length} tokens")
         for layer in self.layers:
             layer.attention.kv_cache.truncate(min(length, len(layer.attention.kv_cache)))
         self._length = length

@@ -176,6 +176,8 @@ class Generation:
             if len(decoder) + len(read) > decoder.max_length:
                 self.finish_reason = "full"
                 break
+            if len(decoder) != sum(map(len, (self.prompt_tokens, self.tokens))) - len(read):
+                raise RuntimeError("the model has read something else meanwhile; a generation needs it to itself")
             start = time.perf_counter()
             # Embeddings are often padded to a round number; beyond the vocabulary there is nothing to choose.
             token = sampler(as_host(decoder.forward(read, last_only=True)[0, :vocabulary], "logits"))

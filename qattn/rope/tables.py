@@ -92,6 +92,10 @@ class RotaryEmbedding:
             raise ValueError(f"rope_dims is {rope_dims}; pairs need a positive even number")
         _check.choice("pairing", pairing, PAIRINGS)
         _check.choice("section_order", section_order, SECTION_ORDERS)
+        if scaling is not None and not isinstance(scaling, Scaling):
+            raise ValueError(
+                f"scaling is {scaling!r}; expected one of qattn.rope.scaling, for instance YaRN(4.0, 32768)"
+            )
         positive("theta", theta)
         positive("scale", scale)
         self.rope_dims, self.theta, self.pairing, self.scale = rope_dims, float(theta), pairing, float(scale)
