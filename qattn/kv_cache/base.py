@@ -35,8 +35,8 @@ class CacheBase(abc.ABC):
     cascade = False
     """Whether layers should read once what sequences share."""
     coming: tuple[Array, Array] | None = None
-    """The lengths that sequences will have when the tokens at hand are there, and the row offsets of those tokens, which
-    kernels tell the GPU alone; None in between."""
+    """How long sequences will be when the tokens at hand are there, and the row offsets of those: kernels tell only the
+    GPU.  None in between."""
 
     def __init__(self, params: Any, sequences: int, device: str) -> None:
         if operator.index(sequences) < 1:

@@ -33,21 +33,22 @@ class KVCacheParams:
     Notes
     -----
     The error that a type adds to the output of attention, as normalized mean squared error against a float32 cache:
-    for Gaussian q, k and v, and for those of SmolLM2-135M's layers 0, 15 and 29.
+    for Gaussian q, k and v, and the largest in the first, middle and last layer of SmolLM2-135M and of Gemma 3 270M;
+    behind each, turned by a Hadamard matrix (``perf/cache_error.py``).
 
-    ========  ==============  ========  =========================
-    type      bits / element  Gaussian  SmolLM2
-    ========  ==============  ========  =========================
-    float16   16              8.5e-8    3.0e-8, 1.8e-7, 2.2e-7
-    bfloat16  16              5.5e-6    1.3e-6, 6.1e-6, 1.1e-5
-    float8    8               1.5e-3    5.0e-4, 2.5e-3, 2.9e-3
-    q8_0      8.5             5.6e-5    5.8e-5, 2.4e-4, 2.0e-4
-    q5_1      6               2.6e-3    1.9e-3, 1.0e-2, 7.3e-3
-    q5_0      5.5             3.8e-3    3.5e-3, 1.9e-2, 1.2e-2
-    q4_1      5               1.2e-2    7.3e-3, 4.3e-2, 3.6e-2
-    q4_0      4.5             1.6e-2    1.3e-2, 5.9e-2, 5.6e-2
-    iq4_nl    4.5             1.3e-2    8.1e-3, 4.0e-2, 3.9e-2
-    ========  ==============  ========  =========================
+    ========  ==============  ========  =======  =======  =======  =======
+    type      bits / element  Gaussian  SmolLM2  turned   Gemma 3  turned
+    ========  ==============  ========  =======  =======  =======  =======
+    float16   16              6.6e-8    1.6e-7            1.4e-7
+    bfloat16  16              4.3e-6    6.4e-6            1.0e-5
+    float8    8               1.1e-3    2.3e-3   1.7e-3   2.6e-3   2.3e-3
+    q8_0      8.5             4.4e-5    2.0e-4   7.1e-5   2.6e-4   7.9e-5
+    q5_1      6               2.2e-3    6.7e-3   3.0e-3   1.3e-2   5.3e-3
+    q5_0      5.5             2.7e-3    1.4e-2   4.5e-3   1.4e-2   5.1e-3
+    q4_1      5               9.1e-3    3.2e-2   1.4e-2   4.0e-2   1.5e-2
+    q4_0      4.5             1.1e-2    4.8e-2   1.4e-2   4.6e-2   2.1e-2
+    iq4_nl    4.5             9.1e-3    3.1e-2   1.3e-2   3.1e-2   1.9e-2
+    ========  ==============  ========  =======  =======  =======  =======
     """
 
     n_kv_heads: int
