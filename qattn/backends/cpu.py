@@ -155,7 +155,7 @@ def attend(
     run = cpu_attention.attend(keys, values, type(mask))  # type: ignore[arg-type]
     run(q, view, row_offsets, cache.counts, _filled(logits), mask, out, lse, partial, parts=parts)
     if partial.lse.size:
-        cpu_attention.merge(row_offsets, cache.counts, params.n_kv_heads, partial, out, lse, parts=parts)
+        cpu_attention.merge(row_offsets, params.n_kv_heads, partial, out, lse, parts=parts)
     if params.hadamard:
         hadamard(out.reshape(len(out), out.shape[1] * out.shape[2]), 0, out.shape[1], params.values)
     return out, lse

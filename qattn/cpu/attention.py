@@ -104,30 +104,52 @@ def tokens_per_job(group):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _plan(row_offsets, lengths, kv_heads, group):  # type: ignore[no-untyped-def]
-    """The jobs of a ragged batch: (jobs, 7) of sequence, KV head, token, tokens, first key, end key, partial row.
+def _plan(row_offsets, ranges, counts, kv_heads, group):  # type: ignore[no-untyped-def]
+    """The jobs of a ragged batch: (jobs, 8) of sequence, KV head, token, tokens, first key, end key, partial row, part.
 
-    Sequences with one new token are cut by keys where they have more than SPLIT; their partial row is where the part's
-    result goes in `Partial`; for other jobs it is -1.
+    ranges : (sequences, 2) int64, the keys that a sequence's new tokens may see, from a multiple of SPLIT on
+    counts : (sequences,) int64, into how many parts they are cut; then a job's partial row is where the part's result
+        goes in `Partial`; for other jobs it is -1
     """
     per_job, count, partial = tokens_per_job(group), 0, 0
     for s in range(row_offsets.size - 1):
-        new = row_offsets[s + 1] - row_offsets[s]
-        count += (new + per_job - 1) // per_job * kv_heads * _parts(new, lengths[s])
-    jobs, j = np.empty((count, 7), np.int64), 0
+        count += (row_offsets[s + 1] - row_offsets[s] + per_job - 1) // per_job * kv_heads * counts[s]
+    jobs, j = np.empty((count, 8), np.int64), 0
     for s in range(row_offsets.size - 1):
-        start, stop, keys = row_offsets[s], row_offsets[s + 1], lengths[s]
-        parts = _parts(stop - start, keys)
-        for token in range(start, stop, per_job):
+        low, high = ranges[s]
+        for token in range(row_offsets[s], row_offsets[s + 1], per_job):
             for head in range(kv_heads):
-                for part in range(parts):
-                    first, end, target = 0, keys, -1
-                    if parts > 1:
-                        first, end, target = part * SPLIT, min(keys, part * SPLIT + SPLIT), partial
+                for part in range(counts[s]):
+                    first, end, target = low, high, -1
+                    if counts[s] > 1:
+                        first, end, target = low + part * SPLIT, min(high, low + part * SPLIT + SPLIT), partial
                         partial += group
-                    jobs[j] = (s, head, token, min(per_job, stop - token), first, end, target)
+                    jobs[j] = (s, head, token, min(per_job, row_offsets[s + 1] - token), first, end, target, part)
                     j += 1
     return jobs
+
+
+def _ranges(bounds: Any, mask_name: str) -> Callable[..., Any]:
+    """A function (mask, row_offsets, lengths, counts) → `ranges` of `_plan`; counts are overwritten.
+
+    Sequences with one new token are cut by keys, those that it sees, where they are more than SPLIT.
+    """
+
+    @generated(f"ranges-{mask_name}")
+    def run(mask, row_offsets, lengths, counts):  # type: ignore[no-untyped-def]
+        ranges = np.zeros((lengths.size, 2), np.int64)
+        for s in range(lengths.size):
+            low, high = 0, lengths[s]
+            if row_offsets[s + 1] - row_offsets[s] == 1:
+                first, end = bounds(mask, high - 1, high)
+                low, high = max(first, 0) // SPLIT * SPLIT, min(end, high)
+                counts[s] = max(1, (high - low + SPLIT - 1) // SPLIT)
+            else:
+                counts[s] = 1
+            ranges[s] = low, high
+        return ranges
+
+    return run  # type: ignore[no-any-return]
 
 
 def _method(mask: Any, name: str, key: str) -> Callable[..., Any]:
@@ -195,6 +217,7 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
     ours, mask_name = mask.__module__.startswith("qattn."), f"{mask.__module__}.{mask.__qualname__}"
     name = f"{keys.kind}-{keys.compute}-{values.kind}-{values.compute}-{mask_name}"
     run_job = _job(keys, values, mask, mask_name, name)
+    ranges_of = _ranges(_method(mask, "bounds", mask_name), mask_name)
     row_words, slices_of = attend_sides.keys(keys).row_words, attend_sides.values(values).slices
 
     @kernel(name, kept=ours)  # the cache does not see changes in the code of others
@@ -202,7 +225,10 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
         tokens, heads, _ = q.shape
         kv_heads, dims = cache.keys.shape[1], cache.value_dim
         group, slices = heads // kv_heads, slices_of(dims)
-        jobs = _plan(row_offsets, lengths, kv_heads, group)
+        counts = np.empty(lengths.size, np.int64)
+        jobs = _plan(row_offsets, ranges_of(mask, row_offsets, lengths, counts), counts, kv_heads, group)
+        if part == 0:
+            partial.counts[: lengths.size] = counts
         rows, row_lse = out.reshape(tokens * heads, dims), lse.reshape(tokens * heads)
         most = 1  # tokens of a job
         for j in range(jobs.shape[0]):
@@ -254,7 +280,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
         head, token, rows = job[1], job[2], job[3] * group
         s.row_max[:rows] = _MASKED
         s.row_sum[:rows] = 0
-        if logits.sinks.size and job[4] == 0:  # as if the first keys had been seen already, with values of 0
+        if logits.sinks.size and job[7] == 0:  # as if the first keys had been seen already, with values of 0
             for row in range(rows):
                 s.row_max[row] = logits.sinks[head * group + row % group] * _LOG2E
                 s.row_sum[row] = 1
@@ -308,22 +334,19 @@ class Partial(NamedTuple):
     """(rows, value_dim) float32: for each split sequence its KV heads, for each the parts, for each the query heads."""
     lse: np.ndarray
     """(rows,) float32, natural logarithms."""
+    counts: np.ndarray
+    """(sequences,) int64, the parts of each."""
 
     @classmethod
     def room(cls, row_offsets: np.ndarray, capacity: int, heads: int, value_dim: int) -> Partial:
         """Arrays for the sequences of a batch, however many keys of a cache of `capacity` they have."""
         rows = int((np.diff(row_offsets) == 1).sum()) * heads * -(-capacity // SPLIT)
-        return cls(np.empty((rows, value_dim), np.float32), np.empty(rows, np.float32))
-
-
-@numba.njit
-def _parts(tokens, keys):  # type: ignore[no-untyped-def]
-    """Into how many parts the keys of a sequence with so many new tokens are split."""
-    return (keys + SPLIT - 1) // SPLIT if tokens == 1 else 1
+        counts = np.zeros(len(row_offsets) - 1, np.int64)
+        return cls(np.empty((rows, value_dim), np.float32), np.empty(rows, np.float32), counts)
 
 
 @kernel()
-def merge(row_offsets, lengths, kv_heads, partial, out, lse, part, parts):  # type: ignore[no-untyped-def]
+def merge(row_offsets, kv_heads, partial, out, lse, part, parts):  # type: ignore[no-untyped-def]
     """Combine the parts of each split token, in the order of their keys (Milakov and Gimelshein, 2018, eq. 4).
 
     out : (tokens, heads, value_dim) float32 and lse : (tokens, heads) float32, overwritten where a token was split
@@ -331,7 +354,7 @@ def merge(row_offsets, lengths, kv_heads, partial, out, lse, part, parts):  # ty
     group, base = out.shape[1] // kv_heads, 0
     for s in range(row_offsets.size - 1):
         token = row_offsets[s]
-        count = _parts(row_offsets[s + 1] - token, lengths[s])
+        count = partial.counts[s]
         if count > 1:
             for head in share(out.shape[1], part, parts):
                 first = base + head // group * count * group + head % group
