@@ -126,27 +126,29 @@ class Bench:
                 yield self.row(work, seconds, operations=2 * tokens * rows * columns)
 
     def attention(self) -> Iterator[harness.Row]:
+        s, shape = self.sizes, self.sizes.shape
+        for dtype in ("float16", "q8_0", "q4_0"):
+            seconds, moved = self.attend(dtype, 1, s.behind, s.sequences)
+            yield self.row(f"attention, {s.sequences} sequences @ {s.behind}, {dtype}", seconds, moved=moved)
+            seconds, _ = self.attend(dtype, s.attended, 0, 1)
+            operations = shape.attention_ops(s.attended, 0)
+            yield self.row(f"attention, {s.attended} tokens, causal, {dtype}", seconds, operations=operations)
+        yield from self.sdpa(s.attended, operations)
+
+    def attend(self, dtype: str, tokens: int, behind: int, sequences: int) -> tuple[float, int]:
+        """Seconds for new tokens of each sequence over a cache of that type, and its bytes."""
         from qattn.backends import cuda
 
-        s, shape, cupy = self.sizes, self.sizes.shape, self.cupy
-        params, causal = qattn.KVCacheParams(shape.kv_heads, shape.head_dim, dtype="float16"), masks.get("causal")
-        for tokens, behind, sequences in ((1, s.behind, s.sequences), (s.attended, 0, 1)):
-            cache = qattn.KVCache(params, sequences, device=self.device)
-            cache.reserve(np.full(sequences, behind + tokens))
-            cache.counts[...] = behind + tokens
-            q = cupy.asarray(gaussian(sequences * tokens, shape.heads, shape.head_dim))
-            out, offsets = cupy.empty_like(q), cupy.asarray(np.arange(sequences + 1) * tokens)
-            attend = functools.partial(
-                cuda.attend, q, cache, offsets, causal, Logits(shape.head_dim**-0.5), exact=False, out=out
-            )
-            seconds = self.seconds(self.recorded([attend]))
-            if tokens == 1:
-                moved = sequences * (behind + 1) * params.bytes_per_token
-                yield self.row(f"attention, {sequences} sequences @ {behind}, f16", seconds, moved=moved)
-            else:
-                operations = shape.attention_ops(tokens, 0)
-                yield self.row(f"attention, {tokens} tokens, causal, f16", seconds, operations=operations)
-                yield from self.sdpa(tokens, operations)
+        shape, cupy = self.sizes.shape, self.cupy
+        params = qattn.KVCacheParams(shape.kv_heads, shape.head_dim, dtype=dtype)
+        cache = qattn.KVCache(params, sequences, device=self.device)
+        cache.reserve(np.full(sequences, behind + tokens))
+        cache.counts[...] = behind + tokens
+        q = cupy.asarray(gaussian(sequences * tokens, shape.heads, shape.head_dim))
+        out, offsets = cupy.empty_like(q), cupy.asarray(np.arange(sequences + 1) * tokens)
+        logits, causal = Logits(shape.head_dim**-0.5), masks.get("causal")
+        call = functools.partial(cuda.attend, q, cache, offsets, causal, logits, exact=False, out=out)
+        return self.seconds(self.recorded([call])), sequences * (behind + tokens) * params.bytes_per_token
 
     def sdpa(self, tokens: int, operations: int) -> Iterator[harness.Row]:
         """The same by PyTorch, where it is installed with CUDA."""

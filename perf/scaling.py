@@ -5,6 +5,7 @@ depth    decode of one token over the depth of the cache, prefill of 512 tokens 
 odd      products of 1 to 17, 511 and 513 tokens, attention with heads of 64 to 256 elements and depths that are no
          multiple of a tile: time for each unit of work, relative to the even neighbour
 window   attention with a sliding window over the depth behind it: it must not grow
+options  attention with a soft cap, ALiBi, sinks, a bias, or a function as its mask, relative to that without
 threads  how much faster two threads are than one
 batch    tokens a second of 1, 2, 4, 8 and 16 sequences, relative to one
 
@@ -95,19 +96,44 @@ def _attention(
 
 def _attend(head_dim: int, keys: int) -> Callable[[], object]:
     """Attention of 64 tokens over a bfloat16 cache."""
-    return _attend_masked(masks.Causal(), 64, head_dim, keys)
+    return _attend_with(masks.Causal(), 64, head_dim, keys)
 
 
-def _attend_masked(mask: masks.Mask, tokens: int, head_dim: int, keys: int) -> Callable[[], object]:
+def _attend_with(mask: masks.Mask, tokens: int, head_dim: int, keys: int, **options: Any) -> Callable[[], object]:
     cache, q = random_cache(qattn.KVCacheParams(8, head_dim), keys), gaussian(tokens, 32, head_dim)
-    logits = Logits(head_dim**-0.5)
+    logits = Logits(head_dim**-0.5, **options)
     return lambda: cpu.attend(q, cache, np.array([0, tokens]), mask, logits, exact=False)
+
+
+def options(args: argparse.Namespace) -> Iterator[harness.Row]:
+    keys, causal = 4096, masks.Causal()
+    given: dict[str, Any] = {
+        "a soft cap": {"cap": 50.0},
+        "ALiBi": {"slopes": qattn.alibi_slopes(32)},
+        "sinks": {"sinks": np.zeros(32, np.float32)},
+    }
+    seen = masks.from_function(lambda query, key: key <= query, lambda query, keys: (0, query + 1))
+    for tokens in (1, 64):
+        calls: Calls = {"none": _attend_with(causal, tokens, 128, keys)}
+        bias = {"bias": np.zeros((tokens, 1, keys), np.float32)}
+        calls |= {
+            name: _attend_with(causal, tokens, 128, keys, **each) for name, each in (given | {"a bias": bias}).items()
+        }
+        calls["a function as mask"] = _attend_with(seen, tokens, 128, keys)
+        times = harness.compare(calls, args.rounds, pause=0)
+        for name in calls:
+            yield {
+                "case": f"{tokens} tokens @ {keys}, {name}",
+                "value": times[name].median / times["none"].median,
+                "unit": "× the time without",
+                "more": f"{1e3 * times[name].median:.3g} ms",
+            }
 
 
 def window(args: argparse.Namespace) -> Iterator[harness.Row]:
     mask = masks.SlidingWindow(WINDOW)
     for tokens in (1, 64):
-        times = harness.compare({n: _attend_masked(mask, tokens, 128, n) for n in WINDOW_DEPTHS}, args.rounds, pause=0)
+        times = harness.compare({n: _attend_with(mask, tokens, 128, n) for n in WINDOW_DEPTHS}, args.rounds, pause=0)
         for n in WINDOW_DEPTHS:
             yield {
                 "case": f"a window of {WINDOW}, {tokens} tokens @ {n}",
@@ -149,7 +175,7 @@ def batch(args: argparse.Namespace) -> Iterator[harness.Row]:
         }
 
 
-SECTIONS = {"depth": depth, "odd": odd, "window": window, "threads": threads, "batch": batch}
+SECTIONS = {"depth": depth, "odd": odd, "window": window, "options": options, "threads": threads, "batch": batch}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ They run where a caller's arrays come in, before any work; kernels assume that t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,6 +50,17 @@ def at_least(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name} is {value}; expected at least {minimum}")
 
 
+def number(name: str, value: Any, least: float | None = None) -> None:
+    """Raise ValueError unless `value` is a finite number, and reaches `least`."""
+    if (
+        not isinstance(value, (int, float, np.number))
+        or not math.isfinite(value)
+        or (least is not None and value < least)
+    ):
+        more = "" if least is None else f", {least} or more"
+        raise ValueError(f"{name} is {value!r}; expected a finite number{more}")
+
+
 MAX_POSITION = (1 << 24) - 1  # of a token: no context is longer, and tables of angles have a row for each
 
 
@@ -56,13 +68,11 @@ def positions(name: str, array: Any) -> None:
     """Raise ValueError unless a NumPy array holds positions: integers from 0 to `MAX_POSITION`."""
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(f"{name} have dtype {array.dtype}; expected integers")
-    for worst, wrong in (
-        (array.min(initial=0), array.min(initial=0) < 0),
-        (array.max(initial=0), array.max(initial=0) > MAX_POSITION),
-    ):
-        if wrong:
-            where = ", ".join(map(str, np.argwhere(array == worst)[0]))
-            raise ValueError(f"{name}[{where}] is {worst}; a position is at least 0, and at most {MAX_POSITION}")
+    low, high = array.min(initial=0), array.max(initial=0)
+    if low < 0 or high > MAX_POSITION:
+        worst = low if low < 0 else high
+        where = ", ".join(map(str, np.argwhere(array == worst)[0]))
+        raise ValueError(f"{name}[{where}] is {worst}; a position is at least 0, and at most {MAX_POSITION}")
 
 
 def finite(name: str, array: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -99,39 +98,26 @@ def attention(
     q = as_array(q, "q")
     _check.shape("q", q, ("tokens", "heads", "head_dim"))
     xp, device, (tokens, heads, head_dim) = namespace(q), device_of(q), q.shape
+    scale = max(head_dim, 1) ** -0.5 if scale is None else scale
+    _check.number("scale", scale)
+    _check.number("softcap", softcap, least=0)
     with devices.current(device):
         kept = _kept if isinstance(k, SequenceCache) else _cached
         cache, rows = kept(q, k, v, row_offsets, key_offsets)
-        lengths, longest = cache.lengths, int(cache.lengths.max())
-        chosen, bias = _mask_and_bias(mask, window, bias, (tokens, heads, longest), device)
-        if (np.diff(rows) > lengths).any() and chosen.bounds(0, longest) != (0, longest):
-            raise ValueError(
-                f"q has {tokens} tokens, k has {longest}; the last of each are aligned, so k needs as many"
-            )
-        cache.check_mask(chosen, lengths, rows)
-        for name, number in (("scale", 0.0 if scale is None else scale), ("softcap", softcap)):
-            if (
-                isinstance(number, str)
-                or np.ndim(number)
-                or not math.isfinite(number)
-                or (name == "softcap" and number < 0)
-            ):
-                raise ValueError(
-                    f"{name} is {number!r}; expected a finite number{', 0 for none' * (name == 'softcap')}"
-                )
-        given = {"slopes": ("alibi", alibi), "sinks": ("sinks", sinks), "distances": ("distances", distances)}
-        arrays = {
-            n: None if values is None else _per_head(name, values, heads, xp) for n, (name, values) in given.items()
-        }
-        logits = Logits(head_dim**-0.5 if scale is None else scale, softcap, **arrays, bias=bias)
+        shape = (tokens, heads, int(cache.lengths.max()))
+        chosen, bias = _mask_and_bias(mask, window, bias, shape, device)
+        _check_queries(chosen, cache, rows)
+        given = {"alibi": alibi, "sinks": sinks, "distances": distances}
+        arrays = (None if values is None else _per_head(name, values, heads, xp) for name, values in given.items())
+        slopes, sinks, distances = arrays
+        logits = Logits(scale, softcap, slopes, sinks, bias, distances)
         if isinstance(k, SequenceCache):
-            batch = Batch.appended(np.maximum(lengths, np.diff(rows)), rows)
-            logits = by_positions(logits, cache, cache.positions_at(batch.slots, batch.places), batch, lengths)
+            batch = Batch.appended(np.maximum(cache.lengths, np.diff(rows)), rows)
+            positions = cache.positions_at(batch.slots, batch.places)
+            logits = by_positions(logits, cache, positions, batch, cache.lengths)
         out = output(out, xp, (tokens, heads, cache.params.values))
-        queries = xp.array(q, np.float32)  # a copy, since back ends may use it as they like
-        _, lse = backends.of(q).attend(
-            queries, cache, xp.asarray(rows), chosen, logits, exact=precision == "exact", out=out
-        )
+        queries, exact = xp.array(q, np.float32), precision == "exact"  # a copy: back ends may use it as they like
+        _, lse = backends.of(q).attend(queries, cache, xp.asarray(rows), chosen, logits, exact=exact, out=out)
     return (out, lse) if return_lse else out
 
 
@@ -294,6 +280,19 @@ def _mask_and_bias(
     if not parts:
         return chosen, None
     return chosen, parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _check_queries(mask: Mask, cache: SequenceCache, row_offsets: Array) -> None:
+    """Check that sequences have enough keys for their queries, and a cache's window those that they see."""
+    new, lengths = np.diff(row_offsets), cache.lengths
+    few = np.flatnonzero(new > lengths)
+    if few.size and mask.bounds(0, int(lengths.max())) != (0, lengths.max()):
+        s = int(few[0])
+        whose = f" of sequence {s}" if len(lengths) > 1 else ""
+        raise ValueError(
+            f"q has {new[s]} tokens{whose}, k has {lengths[s]}; the last of each are aligned, so k needs as many"
+        )
+    cache.check_mask(mask, lengths, row_offsets)
 
 
 def _per_head(name: str, values: Any, heads: int, xp: Any) -> Array:

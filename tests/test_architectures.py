@@ -47,9 +47,9 @@ def test_a_layer_gives_the_recorded_block(path):
         for precision, cache_dtype, limit in (("exact", "float32", 1e-11), ("int8", "bfloat16", 3e-4)):
             attn = qattn.GGUFQAttentionWithRope.from_gguf(path, layer, precision=precision, cache_dtype=cache_dtype)
             output, seen = attn(recorded[f"x-{layer}"], capture={"heads"})
-            assert nmse(seen["heads"].reshape(len(output), -1), recorded[f"kqv-{layer}"]) < limit
             with qattn.open(path) as model:
                 scale = output_scale(model, attn.config)
+            assert nmse(seen["heads"].reshape(len(output), -1), recorded[f"kqv-{layer}"] * scale) < limit
             want = recorded[f"wo-{layer}"] * scale + (0 if attn.o_proj.bias is None else attn.o_proj.bias)
             assert nmse(output, want) < limit
 

@@ -70,7 +70,7 @@ def test_mistakes_are_named():
         attention(q[..., :8], cache, row_offsets=[0, 3, 3])
     with pytest.raises(ValueError, match="q has 3 heads, the cache 2; expected a multiple"):
         attention(q[:, :3], cache, row_offsets=[0, 3, 3])
-    with pytest.raises(ValueError, match="q has 3 tokens, k has 5; the last of each are aligned"):
+    with pytest.raises(ValueError, match="q has 1 tokens of sequence 1, k has 0; the last of each are aligned"):
         attention(q, cache, row_offsets=[0, 2, 3])
     with pytest.raises(ValueError, match="distances has 4 columns; expected an odd number"):
         attention(q, cache, row_offsets=[0, 3, 3], distances=np.zeros((4, 4)))

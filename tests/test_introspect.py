@@ -194,7 +194,7 @@ def test_a_layer_that_shares_a_cache_reads_its_keys():
 
 
 def test_cross_attention_tells_what_it_looks_at():
-    attn = loaded(*plain(cross=True, mask=masks.Null()))
+    attn = loaded(*plain(cross=True, mask=masks.Null(), rope=None))
     attn.remember(normal((5, HIDDEN), 2))
     _, captured = attn(normal((9, HIDDEN), 1), capture=EVERYTHING)
     assert captured["weights"].shape == (4, 9, 5)

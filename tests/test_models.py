@@ -60,14 +60,16 @@ def test_tokens_can_be_forgotten(tmp_path):
         decoder.forget(3, 99)
 
 
-@pytest.mark.parametrize("dtype", ["q8_0", "q8_0/q4_0", "float8"])
-def test_a_cache_of_any_type(tiny, dtype):
-    exact, coarse = (Decoder.from_gguf(tiny, precision="exact", cache_dtype=each) for each in (None, dtype))
+@pytest.mark.parametrize(("dtype", "hadamard"), [("q8_0", False), ("q8_0/q4_0", True), ("float8", False)])
+def test_a_cache_of_any_type(tiny, dtype, hadamard):
+    exact = Decoder.from_gguf(tiny, precision="exact")
+    coarse = Decoder.from_gguf(tiny, precision="exact", cache_dtype=dtype, hadamard=hadamard)
     tokens = np.random.default_rng(3).integers(0, 256, 40)
     for each in (tokens[:30], *tokens[30:, None]):
         want, got = exact.forward(each), coarse.forward(each)
         assert 0 < nmse(got, want) < 0.1
-    assert coarse.layers[0].attention.kv_params.dtype == dtype
+    params = coarse.layers[0].attention.kv_params
+    assert (params.dtype, params.hadamard) == (dtype, hadamard)
 
 
 def test_every_token_goes_through_the_attention_layer(tiny, monkeypatch):

@@ -63,11 +63,12 @@ def test_attention_wants_finite_numbers():
     q = normal((5, 2, 8))
     for wrong, message in (
         ({"scale": np.nan}, "scale is nan; expected a finite number"),
-        ({"softcap": -1}, "softcap is -1; expected a finite number, 0 for none"),
+        ({"softcap": -1}, "softcap is -1; expected a finite number, 0 or more"),
         ({"mask": np.ones((5, 5), int)}, "mask has dtype int64; expected booleans"),
         ({"mask": 5}, "mask is 5; expected a name"),
         ({"mask": masks.Causal}, "expected a name"),
         ({"mask": masks.Causal(), "window": 5}, "window is 5; the mask Causal.* has its own already"),
+        ({"row_offsets": [0, 2, 5], "key_offsets": [0, 1, 5]}, "q has 2 tokens of sequence 0, k has 1; the last"),
         ({"row_offsets": [0, 2.5, 5]}, "row_offsets have dtype float64; expected integers"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -208,6 +209,15 @@ def test_two_generations_of_one_model_are_noticed(tiny):
     next(second)
     with pytest.raises(RuntimeError, match="the model has read something else meanwhile"):
         list(first)
+
+
+def test_a_prompt_is_text_or_token_ids(tiny):
+    model = Model.from_gguf(tiny)
+    for wrong in ([1.7, 2.2], b"abc", [[1, 2]]):
+        with pytest.raises(ValueError, match="prompt has dtype"):
+            model.generate(wrong)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        model.generate([])
 
 
 def test_heads_are_numbers_and_count_once(tiny):

@@ -20,7 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Errors are one line on standard error and exit code 2; with ``QATTN_DEBUG=1`` they come with their traceback.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return FAILED
+    args = parser.parse_args(argv)
     try:
         args.run(args)
     except KeyboardInterrupt:

@@ -26,7 +26,12 @@ def text_or_file(text: str) -> str:
     """Return the text, or what is in the file if it is ``@path``, or standard input if it is ``-``."""
     if text == "-":
         return sys.stdin.read()
-    return Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text[1:]} is not text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def add_model_options(parser: argparse.ArgumentParser, precision: str = "int8") -> None:
@@ -111,6 +116,8 @@ def load(path: str | Path | None, args: argparse.Namespace, max_length: int | No
     from qattn import models
 
     if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}; expected at least 1")
         qattn.set_num_threads(args.threads)
     with qattn.open(path or fetch(), device=args.device) as file:
         if args.device == "auto":

@@ -128,7 +128,7 @@ def from_function(
         return known
     members = {
         "__doc__": f"The mask of {sees.__qualname__}.",
-        "__module__": sees.__module__,
+        "__module__": sees.__module__ or "__main__",  # code that was run by exec has none
         "__qualname__": f"{sees.__qualname__}.{next(_functions)}",  # kernels are kept by the names of their masks
         "sees": staticmethod(sees),
         "bounds": staticmethod(bounds or _all_keys),

@@ -64,6 +64,7 @@ class Decoder:
         *,
         precision: Precision = "int8",
         cache_dtype: str | None = None,
+        hadamard: bool = False,
         max_length: int | None = None,
         device: str | None = None,
     ) -> Decoder:
@@ -76,6 +77,8 @@ class Decoder:
             See `qattn.matmul`.
         cache_dtype : str, optional
             Of the KV caches, see `qattn.KVCacheParams`; by default bfloat16, or float32 for precision "exact".
+        hadamard : bool
+            Turn keys and values before they are rounded to that: pays below 8 bits.
         max_length : int, optional
             Tokens that the caches can hold: the model's context length, unless said otherwise.
         device : str, optional
@@ -92,6 +95,7 @@ class Decoder:
         """
         if not isinstance(model, GGUFFile):
             options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
+            options["hadamard"] = hadamard
             with open_gguf(model) as opened:
                 return cls.from_gguf(opened, device=device, **options)
         device = devices.resolve(device or model.device)
@@ -102,11 +106,10 @@ class Decoder:
         described = architectures.get(config.architecture)
         weights = Weights(model, config, precision, device)
         dtype = cache_dtype or ("float32" if precision == "exact" else "bfloat16")
+        of_caches: dict[str, Any] = {"cache_dtype": dtype, "max_length": max_length, "hadamard": hadamard}
         layers = []
         for n in range(config.layers):
-            attention = GGUFQAttentionWithRope.from_gguf(
-                model, n, precision=precision, cache_dtype=dtype, max_length=max_length, device=device
-            )
+            attention = GGUFQAttentionWithRope.from_gguf(model, n, precision=precision, device=device, **of_caches)
             layers.append(weights.layer(described, n, attention))
         embeddings = weights.matrix(described.embeddings, config.vocabulary_size, config.hidden_size)
         if f"{described.output}.weight" in model:

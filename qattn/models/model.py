@@ -46,17 +46,24 @@ class Model:
         *,
         precision: Precision = "int8",
         cache_dtype: str | None = None,
+        hadamard: bool = False,
         max_length: int | None = None,
         device: str | None = None,
     ) -> Model:
         """Load a GGUF file; parameters and errors are those of `Decoder.from_gguf` and `Tokenizer`."""
         if not isinstance(model, GGUFFile):
             options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
+            options["hadamard"] = hadamard
             with open_gguf(model) as opened:
                 return cls.from_gguf(opened, device=device, **options)
         tokenizer = Tokenizer.from_gguf(model)  # first: it fails in a moment where it fails
         decoder = Decoder.from_gguf(
-            model, precision=precision, cache_dtype=cache_dtype, max_length=max_length, device=device
+            model,
+            precision=precision,
+            cache_dtype=cache_dtype,
+            hadamard=hadamard,
+            max_length=max_length,
+            device=device,
         )
         return cls(decoder, tokenizer)
 
@@ -125,7 +132,7 @@ class Model:
         CacheError
             The prompt is longer than the cache.
         """
-        tokens = self.tokenizer.encode(prompt, eos=False) if isinstance(prompt, str) else list(map(int, prompt))
+        tokens = self.tokenizer.encode(prompt, eos=False) if isinstance(prompt, str) else _ids(prompt)
         if not tokens:
             raise ValueError("the prompt is empty; a model needs at least one token to continue")
         if len(tokens) > self.decoder.max_length:
@@ -136,6 +143,13 @@ class Model:
         if max_tokens is not None:
             _check.at_least("max_tokens", max_tokens, 0)
         return Generation(self, tokens, max_tokens, sampler or Sampler())
+
+
+def _ids(tokens: Sequence[int] | Array) -> list[int]:
+    ids = as_host(tokens, "prompt")
+    if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1):
+        raise ValueError(f"prompt has dtype {ids.dtype} and shape {ids.shape}; expected a text, or (tokens,) integers")
+    return ids.tolist()  # type: ignore[no-any-return]
 
 
 class Generation:

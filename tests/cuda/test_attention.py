@@ -186,7 +186,7 @@ STEPS = [
         ("f16", STEPS[0], Causal(), (), 0), ("f16", STEPS[0], Window(37), (), 0), ("f16", STEPS[0], Before(5), (), 0),
         ("f16", STEPS[0], Causal(), OPTIONS, 192), ("f16", STEPS[0], Before(400), ("sinks",), 64),
         ("bf16", STEPS[1], Causal(), (), 0), ("bf16", STEPS[1], Strided(3), ("one bias",), 64),
-        ("bf16", STEPS[2], Causal(), (), 0),
+        ("bf16", STEPS[2], Causal(), (), 0), ("bf16/f16", STEPS[1], Causal(), (), 0),
     ],
     ids=lambda value: f"{value.heads}x{value.head_dim}" if isinstance(value, Step) else str(value),
 )  # fmt: skip

@@ -86,14 +86,16 @@ def test_few_and_many_tokens_attend(cupy, kind):
     Case(kind, 4, 2, 64, 64, (70, 1), (33, 100)).check(cupy, Causal())
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 48), (80, 112), (128, 96), (96, 128), (256, 256)])
-@pytest.mark.parametrize("kind", ["q8_0", "q5_1", "f8"])
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "value_dim"),
+    [("q8_0", 16, 48), ("q5_1", 80, 112), ("f8", 128, 96), ("q4_1", 96, 128), ("q8_0", 256, 256)],
+)
 def test_heads_of_many_sizes(cupy, kind, head_dim, value_dim):
     Case(kind, 3, 1, head_dim, value_dim, (1,), (150,)).check(cupy, Causal())
     Case(kind, 3, 1, head_dim, value_dim, (40,), (90,)).check(cupy, Window(50))
 
 
-PAIRS = "f16/q8_0 q8_0/q4_0 bf16/q5_1 q5_0/bf16 f8/iq4_nl q4_1/f16 f16/bf16 q8_0/f32 f32/f16"
+PAIRS = "q8_0/q4_0 bf16/q5_1 f8/iq4_nl q4_1/f16 f16/bf16 q8_0/f32"
 
 
 @pytest.mark.parametrize("kind", PAIRS.split())
@@ -102,7 +104,7 @@ def test_keys_and_values_of_two_types(cupy, kind):
     Case(kind, 4, 2, 64, 64, (40, 3), (33, 100), page=64).check(cupy, Causal())
 
 
-@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("kind", ["f8", "q5_1", "iq4_nl"])
 def test_exact_and_pages_and_options(cupy, kind):
     Case(kind, 2, 1, 70, 33, (9, 1), (33, 100), exact=True, page=64).check(cupy, Causal())
     case = Case(kind, 4, 2, 64, 64, (1, 40), (300, 20), options=("cap", "sinks", "bias"), page=128)

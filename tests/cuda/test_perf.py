@@ -23,6 +23,15 @@ def test_every_row_of_the_gpu_script(cupy, monkeypatch):
     )
     rows = gpu.measure(cupy, "cuda:0", sizes, 1, ["Q4_0"], ["Q4_0"])
     works = " ".join(row["work"] for row in rows)
-    for part in ("copy", "cuBLAS", "dequantize", "1 tokens", "20 tokens", "2 sequences @ 128", "64 tokens", "graph"):
+    for part in (
+        "copy",
+        "cuBLAS",
+        "dequantize",
+        "1 tokens",
+        "20 tokens",
+        "2 sequences @ 128, q4_0",
+        "64 tokens",
+        "graph",
+    ):
         assert part in works
     assert all(math.isfinite(row["share %"]) and row["share %"] > 0 for row in rows)
