@@ -13,10 +13,10 @@ from tests.strategies import normal
 TYPES = ["float32", "bfloat16", "q8_0", "q8_0/q4_0", "float16/q5_1", "iq4_nl"]
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3), new=st.integers(0, 9), group=st.integers(1, 4),
-    name=st.sampled_from(masks.names()), types=st.sampled_from(TYPES),
+    name=st.sampled_from(["causal", "null", "sliding_window_causal"]), types=st.sampled_from(TYPES),
     paged=st.booleans(), hadamard=st.booleans(), alibi=st.booleans(), capped=st.booleans(),
 )  # fmt: skip
 def test_a_cache_is_its_keys_and_values(lengths, new, group, name, types, paged, hadamard, alibi, capped):

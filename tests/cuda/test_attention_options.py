@@ -14,7 +14,7 @@ from qattn.cuda.attend_variant import Given, Variant, mask_key
 from qattn.cuda.attention import Plan
 from qattn.masks.causal import Causal
 from qattn.masks.null import Null
-from tests.cuda.cases import MASKS, NMSE, OPTIONS, Before, Case, Strided, Window, decode, storage_of
+from tests.cuda.cases import MASKS, NMSE, OPTIONS, Before, Case, Strided, decode, storage_of
 from tests.reference import nmse
 
 EVERY = (*OPTIONS, "one bias")
@@ -25,8 +25,8 @@ EVERY = (*OPTIONS, "one bias")
 def test_an_option(cupy, kind, option):
     """For a token, a token whose keys are cut into parts, and a prompt."""
     decode(kind, 3, 64, 64, (200, 63, 0), options=(option,)).check(cupy, Causal())
-    decode(kind, 4, 64, 64, (500, 100), capacity=2048, options=(option,)).check(cupy, Window(300))
-    Case(kind, 8, 2, 64, 64, (70, 5), (33, 0), options=(option,)).check(cupy, Null())
+    decode(kind, 4, 64, 64, (500, 100), capacity=2048, options=(option,)).check(cupy, Causal())
+    Case(kind, 8, 2, 64, 64, (70, 5), (33, 0), options=(option,)).check(cupy, Causal())
 
 
 @pytest.mark.parametrize(
