@@ -326,13 +326,13 @@ class AttentionWithRope:
             raise CacheError(f"kv_cache has {cache.lengths.tolist()} tokens; the layer it shares must have added x's")
         batch = Batch.appended(np.maximum(lengths, np.diff(offsets)), offsets)
         given = None if positions is None else ops.token_positions(positions, len(x), self.rope)
-        usual = cache.positions_at(batch.slots, batch.places)
-        rotation, angles = self._rotation_at(usual if given is None else given, len(x))
+        at = cache.positions_at(batch.slots, batch.places) if given is None else given
+        rotation, angles = self._rotation_at(at, len(x))
         logits, chosen = self._logits, self.mask if mask is None or hasattr(mask, "dtype") else get_mask(mask)
         if hasattr(mask, "dtype"):
             shape = (len(x), self.num_attention_heads, int(lengths.max(initial=0)))
             logits = logits._replace(bias=score_bias("mask", mask, shape, self.device))
-        logits = by_positions(logits, cache, usual if given is None else given, batch, lengths)
+        logits = by_positions(logits, cache, at, batch, lengths)
         cache.check_mask(chosen, lengths, offsets)
         if appends:
             cache.reserve(lengths)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qattn import devices
+from qattn._backend import as_host
 
 
 class Batch(NamedTuple):
@@ -35,3 +36,14 @@ class Batch(NamedTuple):
         """The same batch with its arrays on a device."""
         slots, places, angles, offsets = (devices.asarray(array, device) for array in self[:4])
         return Batch(slots, places, angles, offsets, self.one_each)
+
+
+def check_row_offsets(offsets: Any, rows: int, what: str) -> np.ndarray[Any, Any]:
+    """Row offsets on the host as int64, checked to rise from 0 to the number of rows."""
+    offsets = as_host(offsets, "row_offsets")
+    if offsets.dtype.kind not in "iu":
+        raise ValueError(f"row_offsets have dtype {offsets.dtype}; expected integers")
+    offsets = offsets.astype(np.int64)
+    if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+        raise ValueError(f"row_offsets is {offsets.tolist()}; expected to rise from 0 to {rows}, the tokens of {what}")
+    return offsets

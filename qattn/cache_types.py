@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+LARGEST_F16 = 65504.0  # above it, float16 is infinite
 BLOCK = 32  # elements that share a scale
 
 

@@ -13,6 +13,7 @@ from qattn import _check, array, backends, devices, formats
 from qattn._backend import as_array, as_float32, as_host, device_of, is_aligned, namespace
 from qattn.array import QuantArray
 from qattn.batch import Batch
+from qattn.batch import check_row_offsets as check_row_offsets
 from qattn.errors import DeviceError
 from qattn.kv_cache import SequenceCache
 from qattn.packing import PackedMatrix
@@ -178,17 +179,6 @@ def store(kv: Array, cache: SequenceCache, row_offsets: Array | None = None) -> 
     rotation, q = Rotation.none(1, cache.device), xp.empty((count, 0, cache.params.head_dim), np.float32)
     backends.of(kv).rotate_and_store(kv, rotation, batch.to(cache.device), cache, q)
     cache.note(lengths)
-
-
-def check_row_offsets(offsets: Any, rows: int, what: str) -> Array:
-    """Row offsets on the host as int64, checked to rise from 0 to the number of rows."""
-    offsets = as_host(offsets, "row_offsets")
-    if offsets.dtype.kind not in "iu":
-        raise ValueError(f"row_offsets have dtype {offsets.dtype}; expected integers")
-    offsets = offsets.astype(np.int64)
-    if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
-        raise ValueError(f"row_offsets is {offsets.tolist()}; expected to rise from 0 to {rows}, the tokens of {what}")
-    return offsets
 
 
 def same_device(x: Any, device: str, what: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from qattn import _check, backends, devices, masks
 from qattn._backend import as_array, as_float32, as_host, device_of, namespace
 from qattn.batch import Batch
-from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache
+from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache, cascading
 from qattn.logits import Logits
 from qattn.masks import Mask
 from qattn.ops import PRECISIONS, Precision, check_row_offsets, output, same_device, store
@@ -117,7 +117,10 @@ def attention(
             logits = by_positions(logits, cache, positions, batch, cache.lengths)
         out = output(out, xp, (tokens, heads, cache.params.values))
         queries, exact = xp.array(q, np.float32), precision == "exact"  # a copy: back ends may use it as they like
-        _, lse = backends.of(q).attend(queries, cache, xp.asarray(rows), chosen, logits, exact=exact, out=out)
+        attend = cascading.attend if cache.cascade else backends.of(q).attend
+        _, lse = attend(
+            queries, cache, rows if cache.cascade else xp.asarray(rows), chosen, logits, exact=exact, out=out
+        )
     return (out, lse) if return_lse else out
 
 
@@ -154,15 +157,7 @@ def _kept(q: Array, cache: Any, v: Any, row_offsets: Any, key_offsets: Any) -> t
         raise ValueError(
             "k is a cache, which has the values and tells whose keys are whose; leave v and key_offsets out"
         )
-    same_device(q, cache.device, "the cache is")
-    _check.shape("q", q, ("tokens", "heads", cache.params.head_dim))
-    if q.shape[1] % cache.params.n_kv_heads:
-        raise ValueError(f"q has {q.shape[1]} heads, the cache {cache.params.n_kv_heads}; expected a multiple")
-    if row_offsets is None and cache.sequences > 1:
-        raise ValueError(f"the cache has {cache.sequences} sequences; row_offsets must say which tokens are whose")
-    rows = check_row_offsets([0, len(q)] if row_offsets is None else row_offsets, len(q), "q")
-    _check.shape("row_offsets", rows, (cache.sequences + 1,))
-    return cache, rows
+    return cache, cascading.check_queries(q, cache, row_offsets)
 
 
 def alibi_slopes(heads: int, max_bias: float = 8.0) -> Array:

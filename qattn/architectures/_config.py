@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -144,8 +143,7 @@ class AttentionConfig:
         if self.rope is not None and self.rope.rope_dims > self.head_dim:
             raise ValueError(f"rope turns {self.rope.rope_dims} elements; kv_params has heads of {self.head_dim}")
         for name in ("scale", "softcap", "alibi", "value_scale", "output_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number")
+            _check.number(name, getattr(self, name))
         if self.cross and (self.rope or self.k_norm or self.v_norm):
             raise NotImplementedError("cross attention with a rotary embedding, k_norm or v_norm is not implemented")
         if self.temperature is not None and self.rope is not None and self.rope.sections:

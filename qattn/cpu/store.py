@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from qattn import cache_types
-from qattn.cache_types import BLOCK, CacheType
+from qattn.cache_types import BLOCK, LARGEST_F16, CacheType
 from qattn.cpu._jit import generated
 from qattn.cpu.attend_codes import SCALES, cell_bytes
 from qattn.cpu.attend_tiles import pack
@@ -39,7 +39,7 @@ def store(kind: str, of_keys: bool) -> Store:
 def _floats(kind: str, of_keys: bool) -> Store:
     narrow, packed, name = narrow_kernel(kind), pack(kind), f"{kind}-{of_keys}"
     element = {"f32": np.float32, "f8": np.uint8}.get(kind, np.uint16)
-    clamps, most = kind == "f16" and not of_keys, np.float32(LARGEST)
+    clamps, most = kind == "f16" and not of_keys, np.float32(LARGEST_F16)
 
     @generated(name)
     def room(size):  # type: ignore[no-untyped-def]
@@ -74,7 +74,7 @@ def _codes(type_: CacheType, of_keys: bool) -> Store:
     @generated(name)
     def put(x, size, tile, lane, room):  # type: ignore[no-untyped-def]
         codes, factors, narrowed = room
-        _clamp(x, np.float32(LARGEST))
+        _clamp(x, np.float32(LARGEST_F16))
         cells = (size + BLOCK - 1) // BLOCK
         for cell in range(cells):
             factors[cell], factors[cells + cell] = rounded(x[cell * BLOCK : (cell + 1) * BLOCK], codes)
@@ -85,9 +85,6 @@ def _codes(type_: CacheType, of_keys: bool) -> Store:
             there[i * (SCALES // 2) + lane] = narrowed[i]
 
     return Store(room, put)
-
-
-LARGEST = 65504.0  # of float16
 
 
 @numba.njit

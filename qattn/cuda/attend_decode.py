@@ -48,6 +48,7 @@ from qattn.cuda.attend_variant import (
     Variant,
     bases_of,
     bounds_of,
+    computed,
     scores_of,
     sees_of,
 )
@@ -104,17 +105,12 @@ class Sizes(NamedTuple):
 
 def product(kind: str) -> Any:
     """The tensor cores' product for keys or values of that kind."""
-    return ptx.mma_bf16 if kind == "bf16" else ptx.mma_f16
+    return ptx.mma_bf16 if computed(kind) == "bf16" else ptx.mma_f16
 
 
 def pack(kind: str) -> Any:
     """Two float32 → two numbers in a register that they can be multiplied with."""
-    return ptx.pack_bf16 if kind == "bf16" else ptx.pack_f16
-
-
-def query_kind(storage: Storage) -> str:
-    """What queries are rounded to."""
-    return "bf16" if storage.keys == "bf16" else "f16"
+    return ptx.pack_bf16 if computed(kind) == "bf16" else ptx.pack_f16
 
 
 def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -369,7 +365,7 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
 def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
     """The kernel for a cache of these kinds, and heads of these sizes; launched with `Sizes.launch`."""
     sizes = Sizes(head_dim, value_dim)
-    bounds, narrowed, sums = bounds_of(variant.mask), narrow_for(query_kind(storage)), value_dim // 2
+    bounds, narrowed, sums = bounds_of(variant.mask), narrow_for(computed(storage.keys)), value_dim // 2
     stride, warps, sinking = sizes.query_stride, sizes.warps, int(variant.sinks)
     (row_of, _, _), (walk, finish) = scores_of(variant), block_steps(storage, variant, sizes)
 

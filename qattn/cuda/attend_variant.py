@@ -50,6 +50,11 @@ class Storage(NamedTuple):
         return Memory, f"{keys}* {values}* i64* i32 i32 i32"
 
 
+def computed(kind: str) -> str:
+    """What tensor cores multiply keys or values of a kind as."""
+    return "bf16" if kind == "bf16" else "f16"
+
+
 ELEMENT = {"f32": "f32", "f16": "u16", "bf16": "u16"}  # of a cache, as kernels take it; all others are bytes
 
 

@@ -10,12 +10,11 @@ from typing import Any
 from numba import cuda, float32, float64, int32, uint8, uint32
 
 from qattn import cache_types
-from qattn.cache_types import BLOCK, CacheType
+from qattn.cache_types import BLOCK, LARGEST_F16, CacheType
 from qattn.cuda import ptx
 from qattn.cuda.kernel import device
 from qattn.cuda.warps import ALL_LANES, warp_max
 
-_LARGEST = 65504.0  # what is read back is float16
 _SMALLEST = 2.0**-126  # of which the inverse is finite
 
 
@@ -40,7 +39,9 @@ def encode_row(kind: str) -> Callable[..., Any]:
         while block < blocks:
             x, d = float32(0), int32(32 * block + lane)
             if d < size:
-                x = min(max(source[start + d], float32(-_LARGEST)), float32(_LARGEST))
+                x = min(
+                    max(source[start + d], float32(-LARGEST_F16)), float32(LARGEST_F16)
+                )  # it is read back as float16
             code, scale, low = rounded(x)
             put(target, row + block * code_bytes, lane, code)
             if lane == 0:

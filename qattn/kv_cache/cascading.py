@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qattn import _check, backends, devices
-from qattn._backend import as_array, as_float32, as_host, device_of, is_cupy, namespace
+from qattn._backend import as_array, as_float32, device_of, is_cupy, namespace
+from qattn.batch import check_row_offsets
 from qattn.errors import DeviceError
 from qattn.kv_cache.base import Array
 from qattn.kv_cache.paged_memory import PagedMemory
@@ -114,12 +115,11 @@ def cascade(
     """
     _check.choice("precision", precision, ("exact", "int8"))
     q, p = as_array(q, "q"), cache.params
-    if device_of(q) != cache.device:
-        raise DeviceError(f"q is on {device_of(q)}, the cache on {cache.device}; both must be on the same")
-    _check.shape("q", q, ("tokens", "heads", p.head_dim))
-    if q.shape[1] % p.n_kv_heads:
-        raise ValueError(f"q has {q.shape[1]} heads, the cache {p.n_kv_heads}; expected a multiple")
-    offsets = _offsets(row_offsets, cache, len(q))
+    offsets = check_queries(q, cache, row_offsets)
+    new = np.diff(offsets)
+    if (new > cache.lengths).any():
+        s = int((new - cache.lengths).argmax())
+        raise ValueError(f"q has {new[s]} tokens of sequence {s}, which has {cache.lengths[s]} in the cache")
     cache.check_mask(Causal(), cache.lengths, offsets)
     with devices.current(cache.device):
         if sinks is not None:
@@ -134,17 +134,23 @@ def cascade(
     return (out, lse) if return_lse else out
 
 
-def _offsets(row_offsets: Any, cache: SequenceCache, tokens: int) -> Array:
+def check_queries(q: Array, cache: SequenceCache, row_offsets: Any) -> Array:
+    """Check queries of a cache's last tokens → their row offsets, on the host.
+
+    Raises
+    ------
+    DeviceError, ValueError
+        They are elsewhere, or don't fit.
+    """
+    if device_of(q) != cache.device:
+        raise DeviceError(f"q is on {device_of(q)}, the cache on {cache.device}; both must be on the same")
+    _check.shape("q", q, ("tokens", "heads", cache.params.head_dim))
+    if not q.shape[1] or q.shape[1] % cache.params.n_kv_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, the cache {cache.params.n_kv_heads}; expected a multiple")
     if row_offsets is None and cache.sequences > 1:
         raise ValueError(f"the cache has {cache.sequences} sequences; row_offsets must say which tokens are whose")
-    offsets = np.array([0, tokens]) if row_offsets is None else as_host(row_offsets, "row_offsets").astype(np.int64)
+    offsets = check_row_offsets([0, len(q)] if row_offsets is None else row_offsets, len(q), "q")
     _check.shape("row_offsets", offsets, (cache.sequences + 1,))
-    new = np.diff(offsets)
-    if offsets[0] != 0 or offsets[-1] != tokens or (new < 0).any():
-        raise ValueError(f"row_offsets is {offsets.tolist()}; expected to rise from 0 to {tokens}, the tokens of q")
-    if (new > cache.lengths).any():
-        s = int((new - cache.lengths).argmax())
-        raise ValueError(f"q has {new[s]} tokens of sequence {s}, which has {cache.lengths[s]} in the cache")
     return offsets
 
 
