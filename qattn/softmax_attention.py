@@ -117,10 +117,8 @@ def attention(
             logits = by_positions(logits, cache, positions, batch, cache.lengths)
         out = output(out, xp, (tokens, heads, cache.params.values))
         queries, exact = xp.array(q, np.float32), precision == "exact"  # a copy: back ends may use it as they like
-        attend = cascading.attend if cache.cascade else backends.of(q).attend
-        _, lse = attend(
-            queries, cache, rows if cache.cascade else xp.asarray(rows), chosen, logits, exact=exact, out=out
-        )
+        attend, offsets = (cascading.attend, rows) if cache.cascade else (backends.of(q).attend, xp.asarray(rows))
+        _, lse = attend(queries, cache, offsets, chosen, logits, exact=exact, out=out)
     return (out, lse) if return_lse else out
 
 

@@ -159,6 +159,14 @@ def test_wrong_arguments_are_named():
         cascade(q, window, [0, 6])
 
 
+def test_attention_over_a_cache_that_cascades_is_a_cascade():
+    cache = PagedKVCache(KVCacheParams(2, 16), 2, pages=8, cascade=True)
+    cache.append(normal((300, 2, 16)), normal((300, 2, 16), 1))
+    cache.fork(0, 1)
+    q = normal((3, 4, 16), 2)
+    assert np.array_equal(attention(q, cache, row_offsets=[0, 1, 3]), cascade(q, cache, [0, 1, 3]))
+
+
 def test_q_must_be_where_the_cache_is(cupy):
     cache, q = family()[0], cupy.asarray(normal((6, 2, 16)))
     with pytest.raises(DeviceError, match="q is on cuda:0, the cache on cpu; both must be on the same"):

@@ -122,20 +122,22 @@ def load(path: str | Path | None, args: argparse.Namespace, max_length: int | No
     with qattn.open(path or fetch(), device=args.device) as file:
         if args.device == "auto":
             say(f"device: {file.device}")
-        if file.device == "cpu":
-            _announce_compilation()
+        args.compiling = file.device == "cpu" and _announce_compilation()
         return models.Model.from_gguf(
             file, precision=args.precision, cache_dtype=args.cache_type, max_length=max_length
         )
 
 
-def _announce_compilation() -> None:
+def _announce_compilation() -> bool:
+    """Say that kernels will be compiled, if they have to be → whether they have."""
     from qattn.cpu._jit import cache_directory
 
     directory = cache_directory()
     if directory is None or not os.path.isdir(directory) or not os.listdir(directory):
         later = "; later runs start at once" if directory is not None else ""
         say(f"compiling kernels for this CPU, which takes about 15 seconds{later}")
+        return True
+    return False
 
 
 def fetch(name: str = "smollm2-135m") -> Path:

@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
     finally:
         sys.stdout.write("\n")
         sys.stdout.flush()
-        prompt_tokens = len(generation.prompt_tokens)
-        _common.say(f"prompt: {prompt_tokens} tokens, {_common.rate(prompt_tokens, generation.prompt_seconds)}")
+        prompt_tokens, more = len(generation.prompt_tokens), ", compiling included" if args.compiling else ""
+        _common.say(f"prompt: {prompt_tokens} tokens, {_common.rate(prompt_tokens, generation.prompt_seconds)}{more}")
         _common.say(
-            f"generation: {len(generation.tokens)} tokens, {_common.rate(generation.steps, generation.seconds)}"
+            f"generation: {len(generation.tokens)} tokens, {_common.rate(generation.steps, generation.seconds)}{more}"
         )

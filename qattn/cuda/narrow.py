@@ -38,10 +38,8 @@ def encode_row(kind: str) -> Callable[..., Any]:
         lane, blocks, block = int32(cuda.threadIdx.x & 31), int32((size + 31) >> 5), int32(0)
         while block < blocks:
             x, d = float32(0), int32(32 * block + lane)
-            if d < size:
-                x = min(
-                    max(source[start + d], float32(-LARGEST_F16)), float32(LARGEST_F16)
-                )  # it is read back as float16
+            if d < size:  # bounded, since it is read back as float16
+                x = min(max(source[start + d], float32(-LARGEST_F16)), float32(LARGEST_F16))
             code, scale, low = rounded(x)
             put(target, row + block * code_bytes, lane, code)
             if lane == 0:

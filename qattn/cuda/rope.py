@@ -22,12 +22,8 @@ from qattn.cuda.narrow import encode_row
 from qattn.cuda.values import narrow_for
 
 WARPS = 4  # heads per block
-_LARGEST = {
-    "f32": 3e38,
-    "f16": cache_types.LARGEST_F16,
-    "bf16": 3e38,
-    "f8": 448.0,
-}  # that stays finite when it is rounded
+# What stays finite when it is rounded
+_LARGEST = {"f32": 3e38, "f16": cache_types.LARGEST_F16, "bf16": 3e38, "f8": 448.0}
 Array = Any
 
 
