@@ -291,8 +291,8 @@ class AttentionWithRope:
         row_offsets : (sequences + 1,) integers, optional
             Sequence s of the cache gets the tokens row_offsets[s] to row_offsets[s + 1] - 1.
         positions : (tokens,) integers, optional
-            Of the rotary embedding, and of biases by distance; by default they follow on those of the sequence, from 0.
-            With the sections of a multi-section embedding (sections, tokens).  Masks go by a token's index.
+            Of the rotary embedding, of biases by distance, and of masks; by default they follow on those of the
+            sequence, from 0.  With the sections of a multi-section embedding (sections, tokens).
         mask : array, str, MHAMaskVariant or mask, optional
             An array (tokens, keys) or (tokens, heads, keys), beside the layer's own mask: booleans say which keys of
             its sequence a token sees, floats are added to the scores.  `keys` are those of the longest sequence, the
@@ -332,8 +332,7 @@ class AttentionWithRope:
         if hasattr(mask, "dtype"):
             shape = (len(x), self.num_attention_heads, int(lengths.max(initial=0)))
             logits = logits._replace(bias=score_bias("mask", mask, shape, self.device))
-        logits = by_positions(logits, cache, at, batch, lengths)
-        cache.check_mask(chosen, lengths, offsets)
+        chosen, logits = by_positions(chosen, logits, cache, at, batch, lengths)
         if appends:
             cache.reserve(lengths)
         with devices.current(self.device), cache.appending(lengths, offsets):

@@ -14,7 +14,7 @@ import numpy as np
 from qattn import _check, devices
 from qattn._backend import as_host, device_of, namespace
 from qattn.logits import Logits
-from qattn.masks import Mask
+from qattn.masks import Mask, visible
 
 Array = np.ndarray[Any, Any]
 
@@ -174,7 +174,7 @@ def _block(q: Array, keys: Array, places: Array, mask: Mask, logits: Logits) -> 
     if logits.bias is not None:
         biased = scores[:, :, : logits.bias.shape[2]]
         biased += logits.bias[:, :, : len(keys)].transpose(1, 0, 2)
-    seen = devices.asarray(visible(mask, places, len(keys)), device)
+    seen = devices.asarray(visible(mask, places, np.arange(len(keys))), device)
     scores = xp.where(seen, scores, np.float32(-np.inf))
     return Block(scores, *_log_softmax(scores, logits.sinks), xp.abs(away))
 
@@ -191,18 +191,6 @@ def _log_softmax(scores: Array, sinks: Array | None) -> tuple[Array, Array]:
     total = xp.exp(both).sum(axis=2, keepdims=True)
     both -= xp.log(xp.where(total > 0, total, np.float32(1)))
     return both[..., :-1], both[..., -1]
-
-
-def visible(mask: Mask, places: Array, keys: int) -> Array:
-    """Which of a sequence's keys its tokens at these places see, (tokens, keys) bool."""
-    bounds = np.array([mask.bounds(int(place), keys) for place in places], np.int64).reshape(-1, 2)
-    key = np.arange(keys)
-    seen: Array = (bounds[:, :1] <= key) & (key < bounds[:, 1:])
-    sees = getattr(mask, "sees", None)
-    if sees is not None and seen.any():
-        query, key = np.nonzero(seen)  # beyond its bounds, nobody has asked what a mask says
-        seen[query, key] = np.frompyfunc(sees, 2, 1)(places[query], key).astype(bool)
-    return seen
 
 
 def _statistics(block: Block) -> Statistics:

@@ -80,14 +80,16 @@ class Projection:
 
     def _order(self, names: dict[str, int]) -> Array | None:
         """Which of the stacked rows are those of q, k, v and the gate, in this order; None: they are as they lie."""
-        c, rows = self._config, np.arange(sum(names.values()))
+        c, rows, queries = self._config, np.arange(sum(names.values())), 0
         gate = rows[len(rows) - names.get("gate_proj", 0) :]
         rows = rows[: len(rows) - len(gate)]
-        if c.gate is not None and c.gate.interleaved:
-            both = rows[: 2 * c.num_attention_heads * c.head_dim].reshape(c.num_attention_heads, 2, c.head_dim)
-            gate, rows = both[:, 1].ravel(), np.concatenate([both[:, 0].ravel(), rows[both.size :]])
+        if "q" in self._parts:
+            queries = c.num_attention_heads * c.head_dim
+            if c.gate is not None and c.gate.interleaved:
+                both = rows[: 2 * queries].reshape(c.num_attention_heads, 2, c.head_dim)
+                gate, rows = both[:, 1].ravel(), np.concatenate([both[:, 0].ravel(), rows[both.size :]])
         if c.value_from_key:
-            rows = np.concatenate([rows, rows[c.num_attention_heads * c.head_dim :]])
+            rows = np.concatenate([rows, rows[queries:]])
         order = np.concatenate([rows, gate])
         return None if np.array_equal(order, np.arange(sum(names.values()))) else order
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,7 @@ def attention(
         if isinstance(k, SequenceCache):
             batch = Batch.appended(np.maximum(cache.lengths, np.diff(rows)), rows)
             positions = cache.positions_at(batch.slots, batch.places)
-            logits = by_positions(logits, cache, positions, batch, cache.lengths)
+            chosen, logits = by_positions(chosen, logits, cache, positions, batch, cache.lengths)
         out = output(out, xp, (tokens, heads, cache.params.values))
         queries, exact = xp.array(q, np.float32), precision == "exact"  # a copy: back ends may use it as they like
         attend, offsets = (cascading.attend, rows) if cache.cascade else (backends.of(q).attend, xp.asarray(rows))
@@ -223,30 +224,52 @@ def score_bias(name: str, array: Any, shape: tuple[int, int, int], device: str) 
         return xp.ascontiguousarray(array, dtype=np.float32)  # type: ignore[no-any-return]
 
 
-def by_positions(logits: Logits, cache: SequenceCache, positions: Array, batch: Batch, lengths: Array) -> Logits:
-    """Biases by distance as an array, if positions are no indices: kernels know indices alone.
+def by_positions(
+    mask: Mask, logits: Logits, cache: SequenceCache, positions: Array, batch: Batch, lengths: Array
+) -> tuple[Mask, Logits]:
+    """A mask and biases by distance as an array, if positions are no indices: kernels know indices alone.
 
     positions : (tokens,) or (rows, tokens) int64, of which the largest counts, of a batch on the host
     lengths : (sequences,) int64, the new tokens included
+
+    Raises
+    ------
+    CacheError
+        If a token sees what the cache's window has left behind.
     """
-    if logits.slopes is None and logits.distances is None:
-        return logits
-    largest, new = positions if positions.ndim == 1 else positions.max(axis=0), np.diff(batch.row_offsets)
-    keys = [cache.positions(s)[: lengths[s] - new[s]] for s in range(len(lengths))]
+    masked = not isinstance(mask, (masks.Causal, masks.Null))  # before and behind are a matter of indices
+    if not masked and logits.slopes is None and logits.distances is None:
+        cache.check_mask(mask, lengths, batch.row_offsets)
+        return mask, logits
+    largest, keys = positions if positions.ndim == 1 else positions.max(axis=0), []
+    rows = [slice(*pair) for pair in itertools.pairwise(batch.row_offsets.tolist())]
+    for s, row in enumerate(rows):
+        known = cache.positions(s)  # what is still to come has the last of the new positions
+        keys.append(np.concatenate([known, largest[row][row.stop - row.start + len(known) - lengths[s] :]]))
     if (largest == batch.places).all() and all((each == np.arange(len(each))).all() for each in keys):
-        return logits
-    device, xp = cache.device, devices.namespace(cache.device)
-    apart = np.zeros((len(largest), int(lengths.max(initial=0))), np.int64)
-    for s, before in enumerate(keys):
-        mine = largest[batch.row_offsets[s] : batch.row_offsets[s + 1]]
-        apart[batch.row_offsets[s] : batch.row_offsets[s + 1], : lengths[s]] = [*before, *mine] - mine[:, None]
-    there, bias = devices.asarray(apart, device), 0 if logits.bias is None else logits.bias
+        cache.check_mask(mask, lengths, batch.row_offsets)
+        return mask, logits
+    shape = len(largest), int(lengths.max(initial=0))
+    apart, seen = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    for row, each in zip(rows, keys, strict=True):
+        apart[row, : len(each)] = each - largest[row, None]
+        if masked:
+            seen[row, : len(each)] = masks.visible(mask, largest[row], each)
+    xp, there = devices.namespace(cache.device), devices.asarray(apart, cache.device)
+    bias = xp.zeros((shape[0], 1, shape[1]), np.float32) if logits.bias is None else logits.bias
     if logits.slopes is not None:
         bias = bias - logits.slopes[:, None] * xp.abs(there)[:, None].astype(np.float32)
     if logits.distances is not None:
         span = logits.distances.shape[1] // 2
         bias = bias + logits.distances[:, xp.clip(there, -span, span) + span].transpose(1, 0, 2)
-    return logits._replace(slopes=None, distances=None, bias=xp.ascontiguousarray(bias, dtype=np.float32))
+    first = None
+    if masked:
+        first = np.where(seen.any(axis=1), seen.argmax(axis=1), batch.places)
+        around = masks.SlidingWindow if mask.bounds(0, 2)[1] <= 1 else masks.SlidingWindowNoncausal
+        mask = around(max(1, 1 + int((batch.places - first).max(initial=0))))  # so that the rest needs no reading
+        bias = xp.where(devices.asarray(seen, cache.device)[:, None], bias, np.float32(-np.inf))
+    cache.check_mask(mask, lengths, batch.row_offsets, first)
+    return mask, logits._replace(slopes=None, distances=None, bias=xp.ascontiguousarray(bias, dtype=np.float32))
 
 
 def _offsets(row_offsets: Any, key_offsets: Any, tokens: int, keys: int) -> tuple[Array, Array]:
@@ -276,7 +299,7 @@ def _mask_and_bias(
 
 
 def _check_queries(mask: Mask, cache: SequenceCache, row_offsets: Array) -> None:
-    """Check that sequences have enough keys for their queries, and a cache's window those that they see."""
+    """Check that sequences have enough keys for their queries."""
     new, lengths = np.diff(row_offsets), cache.lengths
     few = np.flatnonzero(new > lengths)
     if few.size and mask.bounds(0, int(lengths.max())) != (0, lengths.max()):
@@ -285,7 +308,6 @@ def _check_queries(mask: Mask, cache: SequenceCache, row_offsets: Array) -> None
         raise ValueError(
             f"q has {new[s]} tokens{whose}, k has {lengths[s]}; the last of each are aligned, so k needs as many"
         )
-    cache.check_mask(mask, lengths, row_offsets)
 
 
 def _per_head(name: str, values: Any, heads: int, xp: Any) -> Array:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import qattn
 from qattn import masks
 from qattn.architectures import AttentionConfig, Gate, Norm, Temperature
+from qattn.errors import CacheError
 from qattn.state import of_layer
 from tests.block_reference import block
 from tests.reference import nmse
@@ -42,11 +43,17 @@ def layers(draw):
     value_dim = head_dim if same else draw(st.integers(1, 12))
     sizes = {"q": (heads, head_dim), "k": (kv_heads, head_dim), "v": (kv_heads, value_dim)}
     tensors, features = Tensors(), {}
+    if same and draw(st.booleans()):
+        features["gate"] = Gate(draw(st.sampled_from(["sigmoid", "softplus"])), interleaved=True)
+    if same and draw(st.booleans()):
+        features["value_from_key"] = True
     for seed, (name, (count, size)) in enumerate(sizes.items()):
-        tensors[f"attn_{name}.weight"] = normal((count * size, HIDDEN), seed) / 4
-        if draw(st.booleans()):
-            tensors[f"attn_{name}.bias"] = normal(count * size, seed + 10)
-        if draw(st.booleans()):
+        rows = count * size * (2 if name == "q" and "gate" in features else 1)
+        if name != "v" or "value_from_key" not in features:
+            tensors[f"attn_{name}.weight"] = normal((rows, HIDDEN), seed) / 4
+            if draw(st.booleans()):
+                tensors[f"attn_{name}.bias"] = normal(rows, seed + 10)
+        if f"attn_{name}.weight" in tensors and draw(st.booleans()):
             tensors[f"attn_{name}.scale"] = np.array([draw(st.floats(0.25, 2))], np.float32)
         if draw(st.booleans()) and (name != "v" or same):
             norm, shape = draw(norms(count, size))
@@ -56,7 +63,7 @@ def layers(draw):
                 if norm.kind == "layer" and draw(st.booleans()):
                     tensors[f"attn_{name}_norm.bias"] = normal(shape, seed + 30)
     tensors["attn_output.weight"] = normal((HIDDEN, heads * value_dim), 5) / 4
-    if draw(st.booleans()):
+    if "gate" not in features and draw(st.booleans()):
         gate = Gate(draw(st.sampled_from(["sigmoid", "softplus"])))
         features["gate"] = gate
         tensors["attn_gate.weight"] = normal((draw(st.sampled_from([heads, heads * value_dim])), HIDDEN), 6) / 4
@@ -97,8 +104,9 @@ def loaded(config, tensors, **changes):
     """A layer of float weights with this description."""
     state = of_layer(tensors, config)
     biased = [name for name in "qkv" if f"{name}_proj.bias" in state]
-    for name in "qkv" if biased else "":
-        state.setdefault(f"{name}_proj.bias", np.zeros(len(state.get(f"{name}_proj.weight", "")), np.float32))
+    for weight in [f"{name}_proj.weight" for name in "qkv" if biased]:
+        if weight in state:
+            state.setdefault(weight.replace("weight", "bias"), np.zeros(len(state[weight]), np.float32))
     attn = qattn.AttentionWithRope.from_config(
         config, cache_dtype="float32", precision="exact", has_bias=bool(biased), **changes
     )
@@ -132,19 +140,35 @@ def plain(**features):
     return AttentionConfig(HIDDEN, 4, 2, 8, 8, **features), tensors
 
 
-def test_a_gate_may_lie_in_the_weights_of_q():
-    config, tensors = plain(gate=Gate("sigmoid", interleaved=True))
-    tensors["attn_q.weight"] = normal((64, HIDDEN)) / 4
-    x = normal((9, HIDDEN), 1)
-    assert nmse(loaded(config, tensors)(x), block(config, tensors, x)[1]) < 1e-10
+@settings(max_examples=40)
+@given(described=layers(), tokens=st.integers(1, 20), cut=st.integers(0, 20))
+def test_any_features_over_the_cache_of_another_layer(described, tokens, cut):
+    owner, tensors = described
+    reader = dataclasses.replace(owner, shares_cache_of=0, prefix="blk.1.")
+    own = {f"blk.1.{name}": np.roll(values, 1, axis=-1) for name, values in tensors.items()}
+    both = Tensors(tensors | own)
+    first, second = loaded(owner, tensors), loaded(reader, both)
+    x, y = normal((tokens, HIDDEN), 50), normal((tokens, HIDDEN), 51)
+    first(x)
+    want = block(reader, both, y, other=(owner, x))[1]
+    assert nmse(second(y, kv_cache=first.kv_cache), want) < 1e-9
+    if owner.mask.bounds(0, 99)[1] == 1:  # later tokens don't count, so both may come in pieces
+        first.reset()
+        parts = [(first(x[rows]), second(y[rows], kv_cache=first.kv_cache))[1] for rows in np.split(range(tokens), [cut])]
+        assert nmse(np.concatenate(parts), want) < 1e-9
 
 
-def test_values_may_be_keys():
-    config, tensors = plain(value_from_key=True, v_norm=Norm("rms", 1e-5, weighted=False), k_norm=Norm("rms", 1e-5))
-    del tensors["attn_v.weight"]
-    tensors["attn_k_norm.weight"] = 1 + normal(8) / 4
-    x = normal((9, HIDDEN), 1)
-    assert nmse(loaded(config, tensors)(x), block(config, tensors, x)[1]) < 1e-10
+@settings(max_examples=40)
+@given(described=layers(), tokens=st.integers(1, 20), others=st.integers(1, 20), cut=st.integers(0, 20))
+def test_any_features_over_another_sequence(described, tokens, others, cut):
+    config, tensors = described
+    changes = {"rope": None, "k_norm": None, "v_norm": None, "mask": masks.Null(), "alibi": 0.0, "distances": ""}
+    config = dataclasses.replace(config, cross=True, **changes)
+    attn, x, states = loaded(config, tensors), normal((tokens, HIDDEN), 50), normal((others, HIDDEN), 51)
+    attn.remember(states[:cut])
+    attn.remember(states[cut:])
+    got = attn(x, positions=np.arange(tokens))  # for its temperature: other states tell nothing of where x is
+    assert nmse(got, block(config, tensors, x, other=states)[1]) < 1e-9
 
 
 def test_a_layer_may_read_the_cache_of_another():
@@ -211,10 +235,16 @@ def test_a_call_may_bring_its_own_mask():
         loaded(config, tensors)(x, mask="diagonal")
 
 
-@settings(max_examples=20)
+EVERY_THIRD = masks.from_function(lambda query, key: key <= query and (query - key) % 3 == 0)
+
+
+@settings(max_examples=40)
 @given(
     before=st.integers(1, 30), parents=st.lists(st.integers(0, 9), min_size=1, max_size=9),
-    feature=st.sampled_from([{}, {"alibi": 8.0}, {"distances": "one-sided", "distance_table": "attn_rel_b.weight"}]),
+    feature=st.sampled_from([
+        {}, {"alibi": 8.0}, {"distances": "one-sided", "distance_table": "attn_rel_b.weight"},
+        {"mask": masks.SlidingWindow(4)}, {"mask": masks.Chunked(5), "alibi": 8.0}, {"mask": EVERY_THIRD},
+    ]),
 )  # fmt: skip
 def test_branches_of_a_tree_are_sequences(before, parents, feature):
     """Drafted tokens whose mask is a tree, and whose positions are depths, come out as each branch alone would."""
@@ -239,6 +269,40 @@ def test_branches_of_a_tree_are_sequences(before, parents, feature):
         if i not in kept:
             attn.kv_cache.remove(0, before + i, before + i + 1)
     assert nmse(attn(normal((2, HIDDEN), 3)), alone(normal((2, HIDDEN), 3))) < 1e-10
+
+
+@settings(max_examples=20)
+@given(name=st.sampled_from([name for name in masks.names() if masks.has_window(name)]), data=st.data())
+def test_masks_go_by_positions(name, data):
+    """Tokens that are missing leave a gap: what the others see is what they saw with those hidden."""
+    config, tensors = plain(mask=masks.get(name, data.draw(st.integers(2, 9))))
+    gap = slice(*sorted(data.draw(st.tuples(st.integers(0, 20), st.integers(0, 20)))))
+    x, kept = normal((20, HIDDEN)), np.delete(np.arange(20), gap)
+    whole = loaded(config, tensors)(x, mask=np.broadcast_to(np.isin(np.arange(20), kept), (20, 20)))
+    got, lse = loaded(config, tensors)(x[kept], positions=kept, return_lse=True)
+    assert nmse(got, whole[kept]) < 1e-10
+    seen = masks.visible(config.mask, kept, kept)
+    assert np.array_equal(np.isfinite(lse).all(axis=1), seen.any(axis=1))
+
+
+def test_a_tree_behind_what_a_window_keeps():
+    """Siblings in a tree don't push out what their window begins with; but windows of earlier tokens are gone."""
+    config, tensors = plain(mask=masks.SlidingWindow(128))
+    attn, whole, tree = loaded(config, tensors), loaded(config, tensors), np.eye(20, dtype=bool)
+    tree[10:, 10:] = np.tri(10)
+    depths, mask = np.concatenate([np.zeros(10, int), np.arange(10)]), np.ones((20, 532), bool)
+    mask[:, 512:] = tree
+    cache = qattn.PagedKVCache(attn.kv_params, pages=8, window=128)
+    for i in range(4):
+        x = normal((128, HIDDEN), i)
+        attn(x, kv_cache=cache)
+        whole(x)
+    drafts = normal((20, HIDDEN), 9)
+    with pytest.raises(CacheError, match="new tokens of sequence 0 see token 383, and the cache's window leaves those"):
+        attn(drafts, kv_cache=cache, mask=mask, positions=510 + depths)
+    assert len(cache) == 512
+    got = attn(drafts, kv_cache=cache, mask=mask, positions=512 + depths)
+    assert nmse(got[10:], whole(drafts[10:])) < 1e-10
 
 
 def test_distances_go_by_positions():

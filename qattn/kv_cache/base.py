@@ -1,7 +1,8 @@
 """What a cache is: sequences of tokens in pages of memory, each token with an index and a position.
 
-The *index* is a token's place in its sequence, by which masks go; the *position* is what its key was rotated by.  The
-two are the same until a sequence is edited, or a layer is given other positions.
+The *index* is a token's place in its sequence, and tells what came before what; the *position* is what its key was
+rotated by, and how windows measure.  The two are the same until a sequence is edited, or a layer is given other
+positions.
 """
 
 from __future__ import annotations
@@ -294,8 +295,10 @@ class CacheBase(abc.ABC):
         """The first token that tokens behind so many may see, and that appending them leaves in the cache."""
         return np.zeros_like(lengths)
 
-    def check_mask(self, mask: Any, lengths: Array, row_offsets: Array) -> None:
+    def check_mask(self, mask: Any, lengths: Array, row_offsets: Array, first: Array | None = None) -> None:
         """Check that the last tokens of sequences of these lengths, appended or to be, see none that are gone.
+
+        first : (tokens,) int64, which keys they see first, if that isn't what the mask tells of their indices
 
         Raises
         ------
@@ -303,13 +306,16 @@ class CacheBase(abc.ABC):
             If by their mask they see tokens that a window has left behind.
         """
         new = np.diff(row_offsets)
-        first = np.maximum(self.starts, self._seen(lengths - new))
-        for s in np.flatnonzero((first > 0) & (new > 0)).tolist():
-            sees = min(mask.bounds(query, int(lengths[s]))[0] for query in range(lengths[s] - new[s], lengths[s]))
-            if sees < first[s]:
+        kept = np.maximum(self.starts, self._seen(lengths - new))
+        for s in np.flatnonzero((kept > 0) & (new > 0)).tolist():
+            if first is None:
+                sees = min(mask.bounds(query, int(lengths[s]))[0] for query in range(lengths[s] - new[s], lengths[s]))
+            else:
+                sees = int(first[row_offsets[s] : row_offsets[s + 1]].min())
+            if sees < kept[s]:
                 raise CacheError(
                     f"by the mask {mask}, new tokens of sequence {s} see token {sees}, and the cache's window leaves "
-                    f"those before {first[s]} behind"
+                    f"those before {kept[s]} behind"
                 )
 
     def _check_window(self, sequence: int, length: int) -> None:

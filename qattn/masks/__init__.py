@@ -6,6 +6,7 @@ from qattn.masks._registry import from_function as from_function
 from qattn.masks._registry import get as get
 from qattn.masks._registry import has_window as has_window
 from qattn.masks._registry import names as names
+from qattn.masks._registry import visible as visible
 from qattn.masks.causal import Causal as Causal
 from qattn.masks.chunked import Chunked as Chunked
 from qattn.masks.null import Null as Null

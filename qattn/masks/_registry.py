@@ -12,18 +12,24 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from qattn import _check
 
 
 class Mask(Protocol):
-    """A named tuple of integers with one or two methods, which NumPy code, Numba and the kernels run alike."""
+    """A named tuple of integers with one or two methods, which NumPy code, Numba and the kernels run alike.
+
+    Queries and keys are given by their positions, which are their indices in the sequence unless it was edited, or
+    tokens came with others.
+    """
 
     def bounds(self, query: int, keys: int) -> tuple[int, int]:
-        """The first key that the query at index `query` sees, and the end: one past the last.
+        """The first key that the query at position `query` sees, and the end: one past the last.
 
-        `query` counts from the start of the sequence, in which there are `keys` keys; the end may exceed `keys`.
-        Keys outside are never read.  A mask may also have a method ``sees(query, key)``, which tells for the keys
-        within the bounds whether they are seen.  Both may be static methods.
+        Positions are below `keys`; the end may exceed it.  Keys outside are never read.  A mask may also have a method
+        ``sees(query, key)``, which tells for the keys within the bounds whether they are seen.  Both may be static
+        methods.
         """
 
 
@@ -113,7 +119,7 @@ def from_function(
     Parameters
     ----------
     sees : function of (query, key)
-        Whether the query at that index of a sequence sees the key at that index; plain arithmetic that Numba compiles.
+        Whether the query at that position of a sequence sees the key at that one; plain arithmetic that Numba compiles.
     bounds : function of (query, keys), optional
         The range of keys that may be seen, see `Mask`; others are never read.  By default, all.
 
@@ -136,6 +142,26 @@ def from_function(
     made: Mask = type("FunctionMask", (namedtuple("FunctionMask", ()),), members)()  # type: ignore[misc]
     _made[sees, bounds] = made
     return made
+
+
+def visible(mask: Mask, queries: np.ndarray[Any, Any], keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Which keys at these positions the queries at those see, (queries, keys) bool.
+
+    Examples
+    --------
+    >>> masks.visible(masks.SlidingWindow(2), np.arange(3), np.arange(3)).astype(int)
+    array([[1, 0, 0],
+           [1, 1, 0],
+           [0, 1, 1]])
+    """
+    count = int(max(keys.max(initial=-1), queries.max(initial=-1))) + 1
+    bounds = np.array([mask.bounds(int(query), count) for query in queries], np.int64).reshape(-1, 2)
+    seen: np.ndarray[Any, Any] = (bounds[:, :1] <= keys) & (keys < bounds[:, 1:])
+    sees = getattr(mask, "sees", None)
+    if sees is not None and seen.any():
+        query, key = np.nonzero(seen)  # beyond its bounds, nobody has asked what a mask says
+        seen[query, key] = np.frompyfunc(sees, 2, 1)(queries[query], keys[key]).astype(bool)
+    return seen
 
 
 _functions = itertools.count()

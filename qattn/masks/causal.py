@@ -9,7 +9,7 @@ from qattn.masks._registry import register
 
 @register("causal")
 class Causal(NamedTuple):
-    """A query at index q sees keys k <= q."""
+    """A query at position q sees keys k <= q."""
 
     def bounds(self, query: int, keys: int) -> tuple[int, int]:
         return 0, query + 1

@@ -9,7 +9,7 @@ from qattn.masks._registry import register
 
 @register("chunked_causal")
 class Chunked(NamedTuple):
-    """A query at index q sees keys k <= q with k // chunk == q // chunk."""
+    """A query at position q sees keys k <= q with k // chunk == q // chunk."""
 
     chunk: int
 

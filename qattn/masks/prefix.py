@@ -9,7 +9,7 @@ from qattn.masks._registry import register
 
 @register("prefix_lm")
 class PrefixLM(NamedTuple):
-    """A query at index q sees keys k <= q, and the first `prefix` keys whatever its own index.
+    """A query at position q sees keys k <= q, and the first `prefix` keys whatever its own position.
 
     The prefix has to come in one call: tokens don't see what comes later.
     """

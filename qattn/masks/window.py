@@ -9,7 +9,7 @@ from qattn.masks._registry import register
 
 @register("sliding_window_causal")
 class SlidingWindow(NamedTuple):
-    """A query at index q sees itself and the ``window - 1`` keys before it."""
+    """A query at position q sees itself and the ``window - 1`` keys before it."""
 
     window: int
 
@@ -19,7 +19,7 @@ class SlidingWindow(NamedTuple):
 
 @register("sliding_window_noncausal")
 class SlidingWindowNoncausal(NamedTuple):
-    """A query at index q sees itself, the ``window - 1`` keys before it, and all later ones."""
+    """A query at position q sees itself, the ``window - 1`` keys before it, and all later ones."""
 
     window: int
 
@@ -29,7 +29,7 @@ class SlidingWindowNoncausal(NamedTuple):
 
 @register("symmetric_window")
 class SymmetricWindow(NamedTuple):
-    """A query at index q sees the keys that are at most ``window // 2`` away, on both sides."""
+    """A query at position q sees the keys that are at most ``window // 2`` away, on both sides."""
 
     window: int
 

@@ -61,7 +61,7 @@ def test_latent_attention(cupy, absorbed):
 
 
 def test_a_tree(cupy):
-    for feature in ({}, {"alibi": 8.0}):
+    for feature in ({}, {"alibi": 8.0, "mask": masks.SlidingWindow(4)}):
         config, tensors = plain(**feature)
         here, there = loaded(config, tensors), loaded(config, tensors, devices=["cuda:0"])
         mask, x, drafts = np.tril(np.ones((5, 8), bool), 3), normal((3, HIDDEN)), normal((5, HIDDEN), 2)
