@@ -399,6 +399,8 @@ class AttentionWithRope:
 
     def _check_input(self, x: Any, cache: SequenceCache, row_offsets: Any) -> tuple[Array, Array]:
         self._loaded()
+        if not isinstance(cache, SequenceCache):
+            raise TypeError(f"kv_cache is {cache!r}; expected a KVCache or a PagedKVCache")
         x = as_array(x, "x")
         for what, device in (("x is", device_of(x)), ("kv_cache is", cache.device)):
             if device != self.device:

@@ -74,6 +74,8 @@ class Probe:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
+        if not isinstance(names, Iterable):
+            raise TypeError(f"capture is {names!r}; expected names, of {', '.join(NAMES)}")
         self.names = frozenset([names] if isinstance(names, str) else names)
         for name in sorted(self.names):
             _check.choice("capture", name, NAMES)

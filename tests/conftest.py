@@ -1,5 +1,6 @@
 """Fixtures that several files use."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,12 @@ from qattn.models.fetch import GEMMA3, SMOLLM2, FetchError, fetch
 
 hypothesis.settings.register_profile("qattn", deadline=None)  # the first example compiles kernels
 hypothesis.settings.load_profile("qattn")
+
+
+def pytest_runtest_setup():
+    """What compilers have left stays for good: the garbage collector need not look through it again and again."""
+    gc.freeze()
+
 
 GOLDEN = Path(__file__).parent / "golden"
 

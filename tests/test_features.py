@@ -154,8 +154,9 @@ def test_any_features_over_the_cache_of_another_layer(described, tokens, cut):
     assert nmse(second(y, kv_cache=first.kv_cache), want) < 1e-9
     if owner.mask.bounds(0, 99)[1] == 1:  # later tokens don't count, so both may come in pieces
         first.reset()
-        parts = [(first(x[rows]), second(y[rows], kv_cache=first.kv_cache))[1] for rows in np.split(range(tokens), [cut])]
-        assert nmse(np.concatenate(parts), want) < 1e-9
+        for rows in np.split(range(tokens), [cut]):
+            first(x[rows])
+            assert not len(rows) or nmse(second(y[rows], kv_cache=first.kv_cache), want[rows]) < 1e-9
 
 
 @settings(max_examples=40)

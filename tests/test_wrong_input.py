@@ -226,3 +226,18 @@ def test_heads_are_numbers_and_count_once(tiny):
         assert decoder.layers[0].attention.head_scale.tolist() == [1, 0.5, 1, 1]
     with pytest.raises(ValueError, match="head is True"), ablated(decoder, 0, [True]):
         pass
+
+
+def test_what_is_no_cache_no_name_no_layer_and_no_mask(tmp_path):
+    attn, x = layer(), normal((2, HIDDEN))
+    with pytest.raises(TypeError, match="kv_cache is 5; expected a KVCache or a PagedKVCache"):
+        attn(x, kv_cache=5)
+    with pytest.raises(TypeError, match="capture is 5; expected names, of input, q, k"):
+        attn(x, capture=5)
+    for wrong in ("0", 0.5, None, 99):
+        with pytest.raises(ValueError, match=f"layer is {wrong!r}; the model has layers 0 to 1"):
+            qattn.GGUFQAttentionWithRope.from_gguf(tiny_model.write(tmp_path / "tiny.gguf"), wrong)
+    with pytest.raises(TypeError, match=r"bounds\(0, 1\) is \(0.0, 1\); expected two integers"):
+        masks.from_function(lambda query, key: True, lambda query, keys: (query / 2, keys))
+    with pytest.raises(TypeError, match=r"sees\(0, 0\) is 'yes'; expected a truth value"):
+        masks.from_function(lambda query, key: "yes")

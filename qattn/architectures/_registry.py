@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import numbers
 import pkgutil
 import re
 from collections.abc import Callable, Iterable
@@ -105,8 +106,8 @@ def _describe(metadata: Metadata, layer: int, part: Part | None) -> AttentionCon
         raise ValueError(f"part is {part!r}; {name} has {', '.join(map(repr, parts)) or 'no parts'}")
     counted = "block_count" if part in (None, "encoder") else "decoder_block_count"
     layers = metadata.integer(counted, None if counted == "block_count" else metadata.integer("block_count"))
-    if not 0 <= layer < layers:
-        raise ValueError(f"layer is {layer}; the model has layers 0 to {layers - 1}")
+    if not isinstance(layer, numbers.Integral) or not 0 <= layer < layers:
+        raise ValueError(f"layer is {layer!r}; the model has layers 0 to {layers - 1}")
     return _architectures[name](Layer(metadata, layer, _PREFIXES[part].format(layer)))
 
 

@@ -134,7 +134,8 @@ class SequenceCache(CacheBase):
         by : int
             May be negative, as long as no position gets so.
         rope : RotaryEmbedding or None
-            What the layer rotates keys by, its `rope`.
+            What the layer rotates keys by, its `rope`.  Keys that the layer then multiplies by the weights of a norm
+            (`AttentionConfig.norm_after_rope`) only nearly turn so.
 
         Raises
         ------

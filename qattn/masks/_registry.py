@@ -123,6 +123,11 @@ def from_function(
     bounds : function of (query, keys), optional
         The range of keys that may be seen, see `Mask`; others are never read.  By default, all.
 
+    Raises
+    ------
+    TypeError
+        If asked about key 0 of one, the functions answer anything but a truth value and two integers.
+
     Examples
     --------
     >>> strided = qattn.masks.from_function(lambda query, key: key <= query and (query - key) % 4 == 0)
@@ -132,6 +137,11 @@ def from_function(
     known = _made.get((sees, bounds))
     if known is not None:
         return known
+    answer, limits = sees(0, 0), (bounds or _all_keys)(0, 1)
+    if not isinstance(answer, (bool, int, np.bool_, np.integer)):
+        raise TypeError(f"sees(0, 0) is {answer!r}; expected a truth value")
+    if not isinstance(limits, tuple) or [isinstance(each, (int, np.integer)) for each in limits] != [True, True]:
+        raise TypeError(f"bounds(0, 1) is {limits!r}; expected two integers: the first key, and the end")
     members = {
         "__doc__": f"The mask of {sees.__qualname__}.",
         "__module__": sees.__module__ or "__main__",  # code that was run by exec has none
