@@ -149,7 +149,7 @@ def _pack_part(name: str, rows: list[tuple[int, QuantArray]], columns: int) -> P
     layout, table = _layout(fmt)
     packed = _allocate(layout, targets, columns, table)
     flip = 128 if layout.signed and fmt.table is None else 0
-    run = cpu.pack(fmt.name, layout, fmt, fmt.block, fmt.bytes, flip)
+    run = cpu.pack(fmt, layout, flip)
     scales, offsets = _stored(fmt.scales, layout), _stored(fmt.offsets, layout)
     run(data, scales, offsets, packed, parts=1 + data.nbytes // _PART)
     return Part(fmt, layout, packed)

@@ -138,3 +138,34 @@ def test_a_name_or_number_is_given_once():
     with pytest.raises(ValueError, match="two formats claim a name or number"):
         register(Format("Q4_0", type_id=99, block=32, bytes=18))
     assert 99 not in {formats.get(name).type_id for name in formats.names()}
+
+
+ROWS = np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+
+def branches(b, i):
+    return b[0] if i < 3 else b[1]
+
+
+def reads_backwards(b, i):
+    return ROWS[b[i >> 3] & 7, 7 - (i & 7)]
+
+
+def reads_alone(b, i):
+    return ROWS[b[i] & 7, i & 7]
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (branches, "a snippet branches between indices that are computed together"),
+        (reads_backwards, "doesn't read the rows of a code book from their first element to the last"),
+        (reads_alone, "doesn't read the rows of a code book from their first element to the last"),
+    ],
+)
+def test_snippets_that_vectors_cannot_follow_are_refused(code, why):
+    from qattn.cpu.dequantize import dequantize
+
+    made = formats.Format("MADE", 99, 32, 34, group=32, bits=8, code=code, scale_bits=lambda b, g: b[32] | b[33] << 8)
+    with pytest.raises(ValueError, match=why):
+        dequantize(np.zeros((1, 34), np.uint8), made, np.empty(32, np.float32))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from qattn.cpu._jit import generated
+from qattn.cpu.codes import taken
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value, micro_kernel
 
@@ -53,20 +55,15 @@ def _blocks_kernel(format: Any) -> Kernel:
     """
     expand = _expand_kernel(format)
     snippet, has_offset = generated(format.name), format.offset_bits is not None
-    code, scale_bits, step = snippet(format.code), snippet(format.scale_bits), snippet(format.step or _one)
+    scale_bits, step = snippet(format.scale_bits), snippet(format.step or _one)
     offset_bits, offset_step = snippet(format.offset_bits or _one), snippet(format.offset_step or _one)
-    block, group, halves = format.block, format.group, format.block // LANES
-    stepped = format.step is not None
+    block, group, stepped = format.block, format.group, format.step is not None
 
     @kernel(format.name)
     def run(blocks, scale_values, offset_values, table, out, part, parts):  # type: ignore[no-untyped-def]
-        codes = np.zeros(max(block, 64), np.uint8)
         scales, offsets = np.empty(block // group, np.float32), np.empty(block // group, np.float32)
         for n in share(blocks.shape[0], part, parts):
             b = blocks[n]
-            for high in range(halves):
-                for low in range(LANES):
-                    codes[high * LANES + low] = code(b, high * LANES + low)
             for g in range(block // group):
                 scales[g] = scale_values[scale_bits(b, g)]
                 if stepped:
@@ -75,29 +72,36 @@ def _blocks_kernel(format: Any) -> Kernel:
                     offsets[g] = offset_values[offset_bits(b, g)]
                     if stepped:
                         offsets[g] *= np.float32(offset_step(b, g))
-            expand((codes, scales, offsets, table, out[n]))
+            expand((b, scales, offsets, table, out[n]))
 
     return run
 
 
 def _expand_kernel(format: Any) -> Any:
-    """One block of codes → values."""
+    """One block → values."""
 
     @micro_kernel
-    def run(e: Emitter, codes: Pointer, scales: Pointer, offsets: Pointer, table: Pointer, out: Pointer) -> None:
-        for start in range(0, format.block, 64):
-            wide = codes.at(start).load(e.U8)
-            if format.table:
-                wide = e.lookup(table.load(e.U8), wide)
-            for first in range(start, min(start + 64, format.block), LANES):
-                narrow = wide.lanes(*range(first - start, first - start + LANES))
-                level = narrow.to(e.I32V) if format.table else narrow.zero_extend(e.I32V) - format.zero
-                value = level.to(e.F32) * _splat(e, scales, first // format.group)
-                if format.offset_bits:
-                    value = value + _splat(e, offsets, first // format.group)
-                out.at(4 * first).store(value)
+    def run(e: Emitter, b: Pointer, scales: Pointer, offsets: Pointer, table: Pointer, out: Pointer) -> None:
+        codes = taken(e, format, b)
+        levels = [code.zero_extend(e.I32V) - format.zero for code in codes]
+        if format.table:
+            levels = [level.to(e.I32V) for level in _looked_up(e, table.load(e.U8), codes)]
+        for i, level in enumerate(levels):
+            value = level.to(e.F32) * _splat(e, scales, LANES * i // format.group)
+            if format.offset_bits:
+                value = value + _splat(e, offsets, LANES * i // format.group)
+            out.at(4 * LANES * i).store(value)
 
     return run
+
+
+def _looked_up(e: Emitter, table: Value, codes: list[Value]) -> Iterator[Value]:
+    """What vectors of codes stand for."""
+    for i in range(0, len(codes), 4):
+        a, b, c, d = (codes[i : i + 4] * 2)[:4]  # what a block lacks is looked up twice
+        found = e.lookup(table, a.joined(b).joined(c.joined(d)))
+        for j in range(len(codes[i : i + 4])):
+            yield found.lanes(*range(LANES * j, LANES * (j + 1)))
 
 
 def _splat(e: Emitter, array: Pointer, index: int) -> Value:

@@ -5,59 +5,44 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 
 from qattn.cpu._jit import generated
+from qattn.cpu.codes import taken
 from qattn.cpu.kernel import Kernel, kernel, share
-from qattn.cpu.simd import LANES
+from qattn.cpu.simd import LANES, Emitter, Pointer, micro_kernel
 from qattn.layout import CELL, PLANES, Layout, Packed
 
 Array = np.ndarray[Any, Any]
 
 
 @functools.cache
-def pack(name: str, layout: Layout, snippets: Any, block: int, size: int, flip: int) -> Kernel:
+def pack(format: Any, layout: Layout, flip: int) -> Kernel:
     """The packing kernel of a format: ``run(rows, base_values, offset_values, packed)``.
 
     rows : (rows, bytes) uint8, whole blocks
     base_values, offset_values : what each value of the stored bits of a base scale (offset) is stored as
     packed : `Packed`, its arrays zeroed, overwritten
-    flip : added to each code, modulo 256 (128 turns an unsigned byte into a signed one)
+    flip : bits of each code to turn over (128 makes a signed byte of an unsigned one)
     Cost: reads the rows once, writes the packed arrays once.
     """
-    snippet = generated(name)
-    code, scale_bits, step = snippet(snippets.code), snippet(snippets.scale_bits), snippet(snippets.step or _one)
-    offset_bits, offset_step = snippet(snippets.offset_bits or _zero), snippet(snippets.offset_step or _one)
+    snippet, block, size = generated(format.name), format.block, format.bytes
+    scale_bits, step = snippet(format.scale_bits), snippet(format.step or _one)
+    offset_bits, offset_step = snippet(format.offset_bits or _zero), snippet(format.offset_step or _one)
     has_step, has_offset, has_offset_step = layout.step, layout.offset, layout.step and layout.offset
-    planes = PLANES[layout.bits]
-    first, second = planes[0], planes[1] if len(planes) > 1 else 0
-    group, base_group = layout.group, layout.base_group
-    halves = block // 16
+    group, base_group, cells = layout.group, layout.base_group, block // CELL
+    store_codes = _store_codes(format, layout, flip)
 
-    @kernel(name)
+    @kernel(format.name)
     def run(rows, base_values, offset_values, packed, part, parts):  # type: ignore[no-untyped-def]
-        codes = np.empty(block, np.uint8)
-        words = codes.view(np.uint32)
-        all_codes, scales, steps = packed.codes, packed.scales, packed.steps
+        codes, scales, steps = packed.codes, packed.scales, packed.steps
         offsets, offset_steps = packed.offsets, packed.offset_steps
-        for tile in share(all_codes.shape[0], part, parts):
-            out = all_codes[tile].view(np.uint32)
+        for tile in share(codes.shape[0], part, parts):
             for lane in range(min(LANES, rows.shape[0] - tile * LANES)):
                 row = rows[tile * LANES + lane]
                 for n in range(row.size // size):
                     b = row[n * size : (n + 1) * size]
-                    for high in range(halves):
-                        for low in range(16):
-                            codes[high * 16 + low] = code(b, high * 16 + low) + flip
-                    for c in range(block // CELL):
-                        cell = out[n * (block // CELL) + c]
-                        for quad in range(8):
-                            word = words[c * 8 + quad]
-                            cell[quad * first // 8 * LANES + lane] |= (word & _mask(first)) << (quad * first % 8)
-                            if second:
-                                at = (first * LANES) + quad * second // 8 * LANES + lane
-                                cell[at] |= ((word >> first) & _mask(second)) << (quad * second % 8)
+                    store_codes((b, codes[tile, n * cells, 4 * lane :]))
                     for g in range(block // base_group):
                         at = n * (block // base_group) + g
                         scales[tile, at, lane] = base_values[scale_bits(b, g)]
@@ -72,10 +57,26 @@ def pack(name: str, layout: Layout, snippets: Any, block: int, size: int, flip: 
     return run
 
 
-@numba.njit
-def _mask(bits):  # type: ignore[no-untyped-def]
-    """The lowest bits of each byte of a word."""
-    return np.uint32(((1 << bits) - 1) * 0x01010101)
+def _store_codes(format: Any, layout: Layout, flip: int) -> Any:
+    """The micro-kernel that puts a block's codes into cells, in the lane that `out` begins with."""
+
+    @micro_kernel
+    def run(e: Emitter, b: Pointer, out: Pointer) -> None:
+        codes = taken(e, format, b)
+        for c, (low, high) in enumerate(zip(codes[::2], codes[1::2], strict=True)):
+            quads, start, shift = low.joined(high).bits(e.OCTET) ^ flip * 0x01010101, 64 * layout.bits * c, 0
+            for plane in PLANES[layout.bits]:
+                together = 8 // plane  # quads that share a word
+                words = (quads >> shift) & ((1 << plane) - 1) * 0x01010101
+                words = words << plane * (np.arange(8) % together)
+                while words.type.count > plane:
+                    n = words.type.count
+                    words = words.lanes(*range(0, n, 2)) | words.lanes(*range(1, n, 2))
+                for i in range(plane):
+                    out.at(start + 64 * i).store(words.lane(i))
+                start, shift = start + 64 * plane, shift + plane
+
+    return run
 
 
 def _one(b: Any, g: int) -> int:

@@ -24,6 +24,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -31,6 +32,7 @@ from numba.extending import intrinsic
 from qattn.cpu.target import TARGET
 
 LANES = 16  # 32-bit lanes of one 512-bit register
+Lanes = np.ndarray[Any, Any]  # constants, one for each lane
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -71,7 +73,7 @@ class Value:
     def type(self) -> ir.Type:
         return self.ir.type
 
-    def _binary(self, other: Value | int | float, on_ints: str, on_floats: str | None = None) -> Value:
+    def _binary(self, other: Value | int | float | Lanes, on_ints: str, on_floats: str | None = None) -> Value:
         right = other if isinstance(other, Value) else self.e.constant(other, self.type)
         name = on_floats if _is_float(self.type) else on_ints
         if name is None:
@@ -99,12 +101,12 @@ class Value:
     def __xor__(self, other: Value | int) -> Value:
         return self._binary(other, "xor")
 
-    def __lshift__(self, other: int) -> Value:
-        return self._binary(other, "shl") if other else self
+    def __lshift__(self, other: int | Lanes) -> Value:
+        return self._binary(other, "shl") if np.any(other) else self
 
-    def __rshift__(self, other: int) -> Value:
+    def __rshift__(self, other: int | Lanes) -> Value:
         """Shift right, filling with zeros."""
-        return self._binary(other, "lshr") if other else self
+        return self._binary(other, "lshr") if np.any(other) else self
 
     def shift_signed(self, other: int) -> Value:
         """Shift right, filling with the sign."""
@@ -159,6 +161,10 @@ class Value:
     def lane(self, index: int) -> Value:
         """One lane, a scalar."""
         return Value(self.e, self.e.builder.extract_element(self.ir, _I32(index)))
+
+    def with_lane(self, index: int, scalar: Value) -> Value:
+        """The same with another number in one lane."""
+        return Value(self.e, self.e.builder.insert_element(self.ir, scalar.ir, _I32(index)))
 
     def joined(self, other: Value) -> Value:
         """This vector's lanes, then the other's."""
@@ -219,15 +225,19 @@ class Emitter:
     F32 = _vector(_F32)
     I8V, I16V, F16 = _vector(_I8), _vector(_I16), _vector(ir.HalfType())
     BF16_PAIRS = _vector(_BFloat(), 32)
-    QUADS = _vector(_I32, 4)
+    QUADS, OCTET = _vector(_I32, 4), _vector(_I32, 8)
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.builder = builder
 
-    def constant(self, value: int | float | list[int], type_: ir.Type) -> Value:
-        if isinstance(type_, ir.VectorType) and not isinstance(value, list):
-            return Value(self, ir.Constant(type_, [value] * type_.count))
+    def constant(self, value: int | float | list[int] | Lanes, type_: ir.Type) -> Value:
+        if isinstance(type_, ir.VectorType):
+            return Value(self, ir.Constant(type_, np.broadcast_to(value, type_.count).tolist()))
         return Value(self, ir.Constant(type_, value))
+
+    def bytes(self, count: int) -> ir.VectorType:
+        """The type of so many bytes."""
+        return _vector(_I8, count)
 
     def register(self, initial: Value) -> Register:
         return Register(self, initial)

@@ -1,9 +1,10 @@
 """What a format is, and the registry of all of them.
 
 A format is described by *snippets*: small functions of a block's bytes that give one code, one scale and so on.  They
-are plain arithmetic, so that the same function serves three readers: Numba compiles it for single blocks (``b`` is an
-array of bytes), other back ends likewise, and NumPy runs it for many blocks at once (``b[j]`` is the j-th byte of each,
-as int64).  A snippet may branch on an index, but not on the content of a block.
+are plain arithmetic, so that the same function serves three readers: Numba compiles it, for GPUs and for scales; CPU
+kernels run it for codes, on vectors (`qattn.cpu.codes`); and NumPy runs it for many blocks at once (``b[j]`` is the
+j-th byte of each, as int64).  A snippet may branch on an index, but neither among the 16 that begin with a multiple of
+16, nor on the content of a block.  A code book is a global array, whose rows neighbours read whole.
 """
 
 from __future__ import annotations
