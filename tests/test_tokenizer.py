@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -410,3 +411,14 @@ def test_logits_without_a_choice_are_refused(logits, message, temperature):
 def test_a_parameter_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         Sampler(**{name: value})
+
+
+def test_reading_tokens_loses_no_interrupt(tiny):
+    """NumPy asks an enumeration's class for attributes, in Python, and takes Ctrl-C in there for "there is none"."""
+    called = []
+    sys.setprofile(lambda frame, event, argument: called.append(frame.f_code.co_filename))
+    try:
+        tiny.decode(range(30), special=True)
+    finally:
+        sys.setprofile(None)
+    assert called and not [name for name in called if name.endswith("enum.py")]
