@@ -227,7 +227,7 @@ def score_bias(name: str, array: Any, shape: tuple[int, int, int], device: str) 
 def by_positions(
     mask: Mask, logits: Logits, cache: SequenceCache, positions: Array, batch: Batch, lengths: Array
 ) -> tuple[Mask, Logits]:
-    """A mask and biases by distance as an array, if positions are no indices: kernels know indices alone.
+    """A mask and biases by distance for kernels, which know indices alone: as an array if positions are no indices.
 
     positions : (tokens,) or (rows, tokens) int64, of which the largest counts, of a batch on the host
     lengths : (sequences,) int64, the new tokens included
@@ -237,39 +237,42 @@ def by_positions(
     CacheError
         If a token sees what the cache's window has left behind.
     """
+    at, first = positions if positions.ndim == 1 else positions.max(axis=0), None
+    if not (cache.indexed and np.array_equal(at, batch.places)):
+        mask, logits, first = _folded(mask, logits, cache, at, batch, lengths)
+    cache.check_mask(mask, lengths, batch.row_offsets, first)
+    return mask, logits
+
+
+def _folded(
+    mask: Mask, logits: Logits, cache: SequenceCache, at: Array, batch: Batch, lengths: Array
+) -> tuple[Mask, Logits, Array | None]:
+    """What `by_positions` gives for tokens at (tokens,) positions, and the index of the first key that each sees."""
     masked = not isinstance(mask, (masks.Causal, masks.Null))  # before and behind are a matter of indices
     if not masked and logits.slopes is None and logits.distances is None:
-        cache.check_mask(mask, lengths, batch.row_offsets)
-        return mask, logits
-    largest, keys = positions if positions.ndim == 1 else positions.max(axis=0), []
-    rows = [slice(*pair) for pair in itertools.pairwise(batch.row_offsets.tolist())]
-    for s, row in enumerate(rows):
-        known = cache.positions(s)  # what is still to come has the last of the new positions
-        keys.append(np.concatenate([known, largest[row][row.stop - row.start + len(known) - lengths[s] :]]))
-    if (largest == batch.places).all() and all((each == np.arange(len(each))).all() for each in keys):
-        cache.check_mask(mask, lengths, batch.row_offsets)
-        return mask, logits
-    shape = len(largest), int(lengths.max(initial=0))
+        return mask, logits, None
+    shape = len(at), int(lengths.max(initial=0))
     apart, seen = np.zeros(shape, np.int64), np.zeros(shape, bool)
-    for row, each in zip(rows, keys, strict=True):
-        apart[row, : len(each)] = each - largest[row, None]
+    for s, (begin, end) in enumerate(itertools.pairwise(batch.row_offsets.tolist())):
+        known, mine = cache.positions(s), at[begin:end]
+        keys = np.concatenate([known, mine[len(mine) + len(known) - lengths[s] :]])  # with those still to come
+        apart[begin:end, : len(keys)] = keys - mine[:, None]
         if masked:
-            seen[row, : len(each)] = masks.visible(mask, largest[row], each)
+            seen[begin:end, : len(keys)] = masks.visible(mask, mine, keys)
     xp, there = devices.namespace(cache.device), devices.asarray(apart, cache.device)
-    bias = xp.zeros((shape[0], 1, shape[1]), np.float32) if logits.bias is None else logits.bias
+    bias, first = xp.zeros((shape[0], 1, shape[1]), np.float32) if logits.bias is None else logits.bias, None
     if logits.slopes is not None:
         bias = bias - logits.slopes[:, None] * xp.abs(there)[:, None].astype(np.float32)
     if logits.distances is not None:
         span = logits.distances.shape[1] // 2
         bias = bias + logits.distances[:, xp.clip(there, -span, span) + span].transpose(1, 0, 2)
-    first = None
-    if masked:
+    if masked:  # what is left to the kernel is a window that has it all, so that the rest needs no reading
+        bias = xp.where(devices.asarray(seen, cache.device)[:, None], bias, np.float32(-np.inf))
         first = np.where(seen.any(axis=1), seen.argmax(axis=1), batch.places)
         around = masks.SlidingWindow if mask.bounds(0, 2)[1] <= 1 else masks.SlidingWindowNoncausal
-        mask = around(max(1, 1 + int((batch.places - first).max(initial=0))))  # so that the rest needs no reading
-        bias = xp.where(devices.asarray(seen, cache.device)[:, None], bias, np.float32(-np.inf))
-    cache.check_mask(mask, lengths, batch.row_offsets, first)
-    return mask, logits._replace(slopes=None, distances=None, bias=xp.ascontiguousarray(bias, dtype=np.float32))
+        mask = around(max(1, 1 + int((batch.places - first).max(initial=0))))
+    bias = xp.ascontiguousarray(bias, dtype=np.float32)
+    return mask, logits._replace(slopes=None, distances=None, bias=bias), first
 
 
 def _offsets(row_offsets: Any, key_offsets: Any, tokens: int, keys: int) -> tuple[Array, Array]:

@@ -153,6 +153,11 @@ class CacheBase(abc.ABC):
         """The positions that the next tokens have by default, (sequences,) int64: each follows the last one."""
         return self.lengths + self._ahead
 
+    @property
+    def indexed(self) -> bool:
+        """Whether the position of every token is its index."""
+        return not self._ahead.any() and all(np.array_equal(each, np.arange(len(each))) for each in self._known)
+
     def positions_at(self, slots: Array, places: Array) -> Array:
         """The positions that tokens have, or will have by default: of sequences `slots`, at indices `places`."""
         positions = places + self._ahead[slots]

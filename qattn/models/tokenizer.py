@@ -191,7 +191,7 @@ class Tokenizer:
         """
         if not 0 <= token < len(self._tokens):
             raise ValueError(f"token is {token}; the vocabulary has tokens 0 to {len(self._tokens) - 1}")
-        text, kind = self._tokens[token], int(self._types[token])  # NumPy's integers compare slowly with enumerations
+        text, kind = self._tokens[token], int(self._types[token])  # a NumPy integer may swallow Ctrl-C
         if kind in _SPECIAL:
             return text.encode(errors="replace") if special else b""
         if kind == TokenType.BYTE and (match := _BYTE.fullmatch(text)):
