@@ -168,7 +168,7 @@ def _layout(fmt: formats.Format) -> tuple[Layout, Array]:
         largest = zero + max(fmt.table)
         signed = wants_signed(8, largest)
         shifted = np.array(fmt.table) + (0 if signed else zero)
-        table = np.tile(np.resize(np.append(shifted, [0] * 16)[:16], 16).astype(np.int64) & 255, 4).astype(np.uint8)
+        table = np.resize(np.append(shifted, [0] * 16)[: 1 << fmt.bits], 64).astype(np.uint8)
     else:
         zero, largest = fmt.zero, 2**fmt.bits - 1
         signed = wants_signed(fmt.bits, largest)

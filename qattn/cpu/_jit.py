@@ -73,7 +73,7 @@ def generated(key: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
         )
         named.__qualname__ = f"{function.__qualname__}[{key}]"
         named.__doc__, named.__module__ = function.__doc__, function.__module__
-        return numba.njit(**options)(named)
+        return numba.njit(forceinline=True, **options)(named)
 
     return decorate
 

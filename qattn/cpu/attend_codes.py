@@ -28,9 +28,10 @@ from typing import Any
 from qattn.cache_types import CacheType
 from qattn.cpu.activations import round_cell
 from qattn.cpu.attend_tiles import AHEAD, KEY_BLOCK, Storage
+from qattn.cpu.planes import quad_codes
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
-from qattn.layout import CELL, PLANES
+from qattn.layout import CELL
 
 QUERY_WORDS = 11  # of a cell of a query: its 8 quads, scale, start of the sum, and sum
 SCALES = 2 * LANES  # bytes of the scales of a cell, or of its offsets
@@ -66,18 +67,13 @@ class _Cell:
         return [(word << (24 - 8 * i)).shift_signed(24).to(self.e.F32) for i in range(4)]
 
     def _looked_up(self, quad: int, table: list[int]) -> Value:
-        return self.e.lookup(self.e.constant(table * 4, self.e.U8), self._codes(quad))
+        return self.e.lookup(self.e.constant(table * 4, self.e.U8), self._codes(quad, clean=False))
 
-    def _codes(self, quad: int) -> Value:
-        start, shift = 0, 0
-        word: Any = None
-        for plane in PLANES[self.type.bits]:
-            quads = 8 // plane  # that share a vector
-            vector = self._there.at(64 * (start + quad // quads)).load(self.e.I32V)
-            part = vector if plane == 8 else (vector >> (plane * (quad % quads))) & ((1 << plane) - 1) * 0x01010101
-            word = part if word is None else word | (part << shift)
-            start, shift = start + plane, shift + plane
-        return word.bits(self.e.U8)  # type: ignore[no-any-return]
+    def _codes(self, quad: int, clean: bool = True) -> Value:
+        return quad_codes(self._vector, self.type.bits, quad, clean).bits(self.e.U8)
+
+    def _vector(self, number: int) -> Value:
+        return self._there.at(64 * number).load(self.e.I32V)
 
 
 def cell_bytes(type_: CacheType) -> int:

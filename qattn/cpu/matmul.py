@@ -25,9 +25,10 @@ import numpy as np
 from qattn.cpu._jit import generated
 from qattn.cpu.activations import BLOCKS, block_size
 from qattn.cpu.kernel import Kernel, kernel, share
+from qattn.cpu.planes import quad_codes
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
-from qattn.layout import CELL, PLANES, Layout
+from qattn.layout import CELL, Layout
 
 # ---------------------------------------------------------------------------------------------- the micro-kernel
 
@@ -43,21 +44,14 @@ class _Weights:
 
     def codes(self, quad: int) -> Value:
         """(64,) bytes: four codes for each of 16 lanes."""
-        planes, start, shift = PLANES[self.layout.bits], 0, 0
-        word: Any = None
-        for plane in planes:
-            quads = 8 // plane  # that share a vector
-            vector = self._vector(start + quad // quads * 64)
-            part = vector if plane == 8 else (vector >> (plane * (quad % quads))) & ((1 << plane) - 1) * 0x01010101
-            word = part if word is None else word | (part << shift)
-            start, shift = start + 64 * plane, shift + plane
-        code = word.bits(self.e.U8)
-        return self.e.lookup(self._table.load(self.e.U8), code) if self.layout.table else code
+        layout = self.layout
+        code = quad_codes(self._vector, layout.bits, quad, clean=not layout.table).bits(self.e.U8)
+        return self.e.lookup(self._table.load(self.e.U8), code, layout.bits) if layout.table else code
 
-    def _vector(self, offset: int) -> Value:
-        if offset not in self._vectors:
-            self._vectors[offset] = self._cell_codes.at(offset).load(self.e.I32V)
-        return self._vectors[offset]
+    def _vector(self, number: int) -> Value:
+        if number not in self._vectors:
+            self._vectors[number] = self._cell_codes.at(64 * number).load(self.e.I32V)
+        return self._vectors[number]
 
     def prefetch(self, ahead: int) -> None:
         """Ask for the codes that lie so many bytes further on, in this tile or the next."""
@@ -258,12 +252,12 @@ def product(layout: Layout, exact: bool) -> Kernel:
     only, so the bits do not depend on the number of threads, nor on the rows computed beside it.
     """
     multiply, cell = _block_times_tile(layout, exact), 1 if layout.bits >= 16 else CELL
+    name = f"{layout.name()}-{'exact' if exact else 'int8'}"
 
-    @kernel(f"{layout.name()}-{'exact' if exact else 'int8'}")
-    def run(packed, x, out, part, parts):  # type: ignore[no-untyped-def]
+    @generated(name, _nrt=False)  # counting references would take as long as a few hundred columns of a tile
+    def run_tiles(packed, x, out, buffer, part, parts):  # type: ignore[no-untyped-def]
         rows, width, flat, columns = out.shape[0], out.shape[1], out.reshape(-1), packed.codes.shape[1] * cell
         chunk = max(1, _CACHE // columns // TARGET.rows) * TARGET.rows
-        buffer = np.empty(TARGET.rows * LANES, np.float32)
         for first in range(0, rows, chunk):
             for tile in share(packed.codes.shape[0], part, parts):
                 lanes = packed.targets[tile * LANES : (tile + 1) * LANES]
@@ -279,6 +273,10 @@ def product(layout: Layout, exact: bool) -> Kernel:
                         for m in range(min(size, rows - row)):
                             for lane in range(lanes.size):
                                 out[row + m, lanes[lane]] = buffer[m * LANES + lane]
+
+    @kernel(name)
+    def run(packed, x, out, part, parts):  # type: ignore[no-untyped-def]
+        run_tiles(packed, x, out, np.empty(TARGET.rows * LANES, np.float32), part, parts)
 
     return run
 

@@ -323,8 +323,11 @@ class Emitter:
             x = x * ((power + 127) << 23).bits(self.F32)
         return x
 
-    def lookup(self, table: Value, index: Value) -> Value:
-        """table[index] for 64 indices 0 … 15; `table` holds its 16 bytes four times over."""
+    def lookup(self, table: Value, index: Value, bits: int = 4) -> Value:
+        """The `table`'s bytes at the lowest `bits` of 64 indices, 4 at most; the table repeats itself to 64 bytes."""
+        if TARGET.vbmi:
+            return self.intrinsic("llvm.x86.avx512.permvar.qi.512", self.U8, table, index)
+        index = index & ((1 << bits) - 1)
         if TARGET.level == "avx512":
             return self.intrinsic("llvm.x86.avx512.pshuf.b.512", self.U8, table, index)
         return self._by_parts(self._lookup_part, self.U8, table, index)

@@ -17,6 +17,8 @@ class Target(NamedTuple):
     """u8·s8 dot products in one instruction, accumulating without saturation."""
     bf16: bool
     """bf16 pair dot products in one instruction."""
+    vbmi: bool
+    """Bytes are looked up among 64 in one instruction, which takes no more of an index than it needs."""
     rows: int
     """Rows of activations that a micro-kernel keeps in registers: what is left beside weights and scales."""
 
@@ -36,12 +38,12 @@ def _detect() -> Target:
     triple = llvm.get_process_triple()
     if triple.startswith("x86_64"):
         if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"} <= has and "avx512vnni" in has:
-            return Target("avx512", True, "avx512bf16" in has, 12)
+            return Target("avx512", True, "avx512bf16" in has, "avx512vbmi" in has, 12)
         if {"avx2", "fma", "f16c"} <= has:
-            return Target("avx2", "avxvnni" in has, False, 4)
+            return Target("avx2", "avxvnni" in has, False, False, 4)
     if triple.startswith(("aarch64", "arm64")) and "dotprod" in has:
-        return Target("neon", True, False, 4)
-    return Target("plain", False, False, 4)
+        return Target("neon", True, False, False, 4)
+    return Target("plain", False, False, False, 4)
 
 
 TARGET = _detect()
