@@ -128,7 +128,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
     signed = (255 if type_.table else (1 << type_.bits) - 1) > MAX_CODE
 
     @micro_kernel
-    def run(e, q, keys, values, scores, cells):  # type: ignore[no-untyped-def]
+    def run(e, q, keys, scores, cells):  # type: ignore[no-untyped-def]
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(cells) as k:
             at, cell = q.at(k * (4 * QUERY_WORDS * rows)), _Cell(e, type_, keys.at(k * size))
@@ -167,7 +167,7 @@ def exact_scores_kernel(storage: Storage, rows: int) -> Any:
     type_, size = storage.type, cell_bytes(storage.type)
 
     @micro_kernel
-    def run(e, q, keys, values, scores, cells):  # type: ignore[no-untyped-def]
+    def run(e, q, keys, scores, cells):  # type: ignore[no-untyped-def]
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(cells) as k:
             at, cell, there = q.at(k * (4 * CELL * rows)), _Cell(e, type_, keys.at(k * size)), keys.at(cells * size)

@@ -40,9 +40,10 @@ class Values(NamedTuple):
     slices: Callable[..., Any]
     """value_dim → slices of 16 elements that a row takes in s.out."""
     add: Callable[..., Any]
-    """(s, rows, values, tiles, value_dim): s.out = s.out · s.factor + weights times the first so many tiles."""
+    """(s, rows, values, tiles, follow, value_dim): s.out = s.out · s.factor + weights times the first so many tiles;
+    as many will be wanted next if they `follow`, and memory may be asked for them."""
     ahead: bool
-    """Whether that asks memory for as many tiles that follow."""
+    """Whether it is."""
 
 
 @functools.cache
@@ -81,11 +82,11 @@ def keys(storage: Storage) -> Keys:
 
     @generated(name)
     def score(s, rows, keys, values, tile, head_dim, fetch):  # type: ignore[no-untyped-def]
-        if rounds and fetch and rows < TARGET.rows:
+        if fetch and rows < TARGET.rows:
             attend_codes.fetch((values, 0, values.nbytes))
         steps, size_of_row = steps_of(head_dim), row_words(head_dim)
         for block in range(0, rows, TARGET.rows):
-            scores(block_size(rows - block), (s.panel[block * size_of_row :], keys, values,
+            scores(block_size(rows - block), (s.panel[block * size_of_row :], keys,
                                               s.scores[block * KEY_BLOCK + tile * LANES :], steps))  # fmt: skip
 
     return Keys(row_words, load, score)
@@ -99,7 +100,7 @@ def values(storage: Storage) -> Values:
         if storage.compute == "int8":
             return Values(_whole_cells, _add_codes(storage, name), ahead=True)
         return Values(_whole_cells, _add_exact_codes(storage, name), ahead=False)
-    return Values(_slices, _add_floats(storage, name), ahead=False)
+    return Values(_slices, _add_floats(storage, name), ahead=True)
 
 
 @generated("floats")
@@ -118,13 +119,14 @@ def _add_floats(storage: Storage, name: str) -> Any:
     item, half_weights = storage.type.bits // 8, storage.compute == "bf16"
 
     @generated(name)
-    def add(s, rows, values, tiles, value_dim):  # type: ignore[no-untyped-def]
-        weights = s.weights.view(np.uint16) if half_weights else s.weights
+    def add(s, rows, values, tiles, follow, value_dim):  # type: ignore[no-untyped-def]
+        weights, tile_bytes = s.weights.view(np.uint16) if half_weights else s.weights, values.shape[1] * item
+        ahead = tiles * tile_bytes if follow else 0
         for part in range(_slices(value_dim)):
             for block in range(0, rows, TARGET.rows):
                 kernel(block_size(rows - block), (weights[block * KEY_BLOCK :], values[0, part * step :],
                        s.out[(part * s.row_max.size + block) * LANES :], s.factor[block:], tiles,
-                       values.shape[1] * item))  # fmt: skip
+                       tile_bytes, ahead))  # fmt: skip
 
     return add
 
@@ -134,13 +136,13 @@ def _add_codes(storage: Storage, name: str) -> Any:
     kernel, size = by_size(attend_codes.values_kernel, storage), attend_codes.cell_bytes(storage.type)
 
     @generated(name)
-    def add(s, rows, values, tiles, value_dim):  # type: ignore[no-untyped-def]
+    def add(s, rows, values, tiles, follow, value_dim):  # type: ignore[no-untyped-def]
         cells, tile_bytes, slice_of_rows = (value_dim + BLOCK - 1) // BLOCK, values.shape[1], s.row_max.size * LANES
         for cell in range(cells):
             for row in range(rows):
                 round_weights((s.weights[row * KEY_BLOCK :], values, s.query, s.rounded[row * KEY_BLOCK :],
                                s.units[row:], s.constants[row:], cell, cells, tiles, tile_bytes))  # fmt: skip
-                if rows < TARGET.rows:  # memory binds
+                if follow and rows < TARGET.rows:  # memory binds
                     step, steps = cell * rows + row, cells * rows
                     attend_codes.fetch((values[tiles:], step * tiles * tile_bytes // steps,
                                         (step + 1) * tiles * tile_bytes // steps))  # fmt: skip
@@ -157,7 +159,7 @@ def _add_exact_codes(storage: Storage, name: str) -> Any:
     kernel, size = by_size(attend_codes.exact_values_kernel, storage), attend_codes.cell_bytes(storage.type)
 
     @generated(name)
-    def add(s, rows, values, tiles, value_dim):  # type: ignore[no-untyped-def]
+    def add(s, rows, values, tiles, follow, value_dim):  # type: ignore[no-untyped-def]
         cells, tile_bytes, slice_of_rows = (value_dim + BLOCK - 1) // BLOCK, values.shape[1], s.row_max.size * LANES
         for cell in range(cells):
             scales_at = cells * size + cell * SCALES

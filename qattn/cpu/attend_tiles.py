@@ -87,12 +87,11 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
     words, step = storage.words, storage.vector_bytes
 
     @micro_kernel
-    def run(e, q, keys, values, scores, steps):  # type: ignore[no-untyped-def]
+    def run(e, q, keys, scores, steps):  # type: ignore[no-untyped-def]
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(steps) as k:
-            if rows < TARGET.rows:  # memory binds: ask for the next tile of keys, and the values that follow
-                e.prefetch(keys.at(k * step + AHEAD))
-                e.prefetch(values.at(k * step))
+            if rows < TARGET.rows:  # memory binds
+                e.prefetch(keys.at(k * step + AHEAD), near=False)
             at = q.at(k * (4 * words * rows))
             left = [[at.at(4 * (i * rows + m)) for i in range(words)] for m in range(rows)]
             for register, total in zip(
@@ -106,12 +105,15 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
 
 
 def values_kernel(storage: Storage, rows: int) -> Any:
-    """out = out · factor + weights times the tiles of a 16-lane slice of values; `out` holds a row every 16 floats."""
+    """out = out · factor + weights times the tiles of a 16-lane slice of values; `out` holds a row every 16 floats.
+
+    ahead : bytes from a tile to the one to ask memory for meanwhile
+    """
     words, step = storage.words, storage.vector_bytes
     row = KEY_BLOCK * (2 if storage.compute == "bf16" else 4)
 
     @micro_kernel
-    def run(e, weights, values, out, factors, tiles, tile_bytes):  # type: ignore[no-untyped-def]
+    def run(e, weights, values, out, factors, tiles, tile_bytes, ahead):  # type: ignore[no-untyped-def]
         totals = []
         for m in range(rows):
             factor = factors.at(4 * m).load(e.F32S).splat(e.F32)
@@ -120,6 +122,8 @@ def values_kernel(storage: Storage, rows: int) -> Any:
             at, there = weights.at(tile * (row * LANES // KEY_BLOCK)), values.at(tile * tile_bytes)
             sums = [t.get() for t in totals]
             for k in range(LANES // storage.pack):
+                if rows < TARGET.rows and k * step % 64 == 0:  # memory binds
+                    e.prefetch(there.at(k * step).at(ahead), near=False)
                 left = [[at.at(m * row + 4 * (k * words + i)) for i in range(words)] for m in range(rows)]
                 sums = _accumulate(e, storage, sums, there.at(k * step), left)
             for register, total in zip(totals, sums, strict=True):

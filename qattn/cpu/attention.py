@@ -307,8 +307,9 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
             tiles, page = (stop - start + LANES - 1) // LANES, cache.pages[job[0], start // page_keys]
             first_tile = start % page_keys // LANES
             keys, values = cache.keys[page, head, first_tile:], cache.values[page, head, first_tile:]
+            fetch, follow = start == low or start % page_keys == 0 or not ahead, stop % page_keys != 0
             for tile in range(tiles):
-                score(s, rows, keys[tile], values[tile], tile, cache.head_dim, start == low or not ahead)
+                score(s, rows, keys[tile], values[tile], tile, cache.head_dim, fetch)
             for row in range(rows):
                 query = position + row // group
                 first, end = bounds(mask, query, length)
@@ -321,7 +322,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
                     softmax(arguments)
                 else:
                     masked_softmax(arguments)
-            add(s, rows, values, tiles, cache.value_dim)
+            add(s, rows, values, tiles, follow, cache.value_dim)
             start = stop
 
     return run  # type: ignore[no-any-return]

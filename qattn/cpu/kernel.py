@@ -178,7 +178,7 @@ def _run(calls: np.ndarray, threads: int) -> None:
         raise MemoryError("a kernel found no memory for its intermediate results")
 
 
-@compiled()
+@compiled(_nrt=False)
 def _work(calls, state, me):  # type: ignore[no-untyped-def]
     """Take parts of one call after the other, until all are done.  What fails is noted in state[0].
 
@@ -207,7 +207,7 @@ def _work_together(calls, state):  # type: ignore[no-untyped-def]
         _work(calls, state, thread)
 
 
-@compiled()
+@compiled(_nrt=False)
 def _wait(done, parts, following, me, threads):  # type: ignore[no-untyped-def]
     """Wait until so many parts are done, and meanwhile ask memory for what this thread streams next."""
     asked, end = 0, 0
