@@ -10,6 +10,7 @@ import numpy as np
 
 from qattn import _check, backends, devices, ops
 from qattn._backend import as_array, as_float32, as_host, as_numpy, device_of
+from qattn._changes import Watched
 from qattn.architectures import AttentionConfig
 from qattn.array import QuantArray
 from qattn.batch import Batch
@@ -33,7 +34,7 @@ Array = np.ndarray[Any, Any]
 _Layer = TypeVar("_Layer", bound="AttentionWithRope")
 
 
-class AttentionWithRope:
+class AttentionWithRope(Watched):
     """Self-attention with rotary embedding over float weights.
 
     Parameters

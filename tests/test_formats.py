@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import qattn
 from qattn import QuantArray, formats
+from qattn.backends import cpu
 from qattn.errors import FormatError
 from tests.strategies import BLOCK_FORMATS
 
@@ -83,6 +84,16 @@ def test_q2_0_by_hand():
     want = np.zeros(64, np.float32)
     want[[0, 1, 3]] = 4, -2, 2
     np.testing.assert_array_equal(qattn.dequantize(QuantArray(block, "Q2_0")), want)
+
+
+@settings(max_examples=60)
+@given(name=st.sampled_from(formats.names()), ids=st.lists(st.integers(0, 4), max_size=6), seed=st.integers(0, 2**32))
+def test_some_rows_have_the_values_that_they_have_among_all(name, ids, seed):
+    weights = QuantArray(random_bytes(name, 5, 2, seed), name)
+    out = np.full((len(ids), weights.shape[1]), 7, np.float32)
+    with np.errstate(all="ignore"):
+        cpu.take_rows(weights, np.array(ids, np.int64), out)
+        assert_same_bits(out, np.asarray(weights)[np.array(ids, np.int64)])
 
 
 def test_f64_is_rounded_to_float32():

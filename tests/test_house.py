@@ -13,7 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up; a file imports from its own floor or from those below.
 FLOORS = [
-    ("errors", "_check", "_backend", "_index", "_cache", "layout", "batch", "devices", "logits", "cache_types"),
+    ("errors", "_changes"),
+    ("_check", "_backend", "_index", "_cache", "layout", "batch", "devices", "logits", "cache_types"),
     ("formats", "masks"),
     ("rope",),
     ("cpu", "cuda"),

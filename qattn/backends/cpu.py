@@ -16,6 +16,7 @@ from qattn.cpu import matmul as cpu_matmul
 from qattn.cpu import rope as cpu_rope
 from qattn.cpu.activations import Activations, arrange, quantize
 from qattn.cpu.dequantize import dequantize as dequantize
+from qattn.cpu.dequantize import dequantize_rows
 from qattn.cpu.kernel import Program as Program
 from qattn.cpu.kernel import is_recording
 from qattn.cpu.scratch import scratch as scratch
@@ -30,8 +31,8 @@ Array = np.ndarray[Any, Any]
 
 
 def take_rows(weights: QuantArray, ids: Array, out: Array) -> None:
-    """out = some rows of weights, dequantized: weights (rows, columns), ids (n,) integers, out (n, columns) float32."""
-    dequantize(weights[ids].data, formats.get(weights.format), out)
+    """out = some rows of weights, dequantized: weights (rows, columns), ids (n,) int64, out (n, columns) float32."""
+    dequantize_rows(weights.data, ids, formats.get(weights.format), out)
 
 
 def unpack(part: Part, out: Array) -> None:

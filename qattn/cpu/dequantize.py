@@ -11,6 +11,7 @@ import numpy as np
 from qattn.cpu._jit import generated
 from qattn.cpu.codes import taken
 from qattn.cpu.kernel import Kernel, kernel, share
+from qattn.cpu.scratch import scratch
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value, micro_kernel
 
 Array = np.ndarray[Any, Any]
@@ -30,6 +31,42 @@ def dequantize(data: Array, format: Any, out: Array) -> None:
     values = out.reshape(-1, format.block)
     run, table = _blocks_kernel(format), _table(format)
     run(blocks, format.scales, format.offsets, table, values, parts=1 + out.size // _PART)
+
+
+def dequantize_rows(data: Array, ids: Array, format: Any, out: Array) -> None:
+    """out = the values of some rows: data (rows, row_bytes) uint8, ids (n,) int64, out (n, columns) float32."""
+    if format.is_float:
+        values = data.view(np.uint16 if format.dtype == np.float16 else format.dtype)
+        _widen_rows(values, ids, _halves(format.dtype), out)
+        return
+    rows = scratch("rows", (len(ids), data.shape[1]), np.uint8)
+    _take(data, ids, rows)
+    dequantize(rows, format, out)
+
+
+@kernel()
+def _take(data, ids, out, part, parts):  # type: ignore[no-untyped-def]
+    for i in share(ids.size, part, parts):
+        for j in range(out.shape[1]):
+            out[i, j] = data[ids[i], j]
+
+
+@kernel()
+def _widen_rows(values, ids, halves, out, part, parts):  # type: ignore[no-untyped-def]
+    for i in share(ids.size, part, parts):
+        for j in range(out.shape[1]):
+            value = values[ids[i], j]
+            out[i, j] = halves[np.int64(value)] if halves.size else value
+
+
+@functools.cache
+def _halves(dtype: np.dtype[Any]) -> Array:
+    """The values of all patterns of 16 bits, or nothing for wider floats."""
+    if dtype.itemsize > 2:
+        return np.empty(0, np.float32)
+    if dtype == np.float16:
+        return np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    return (np.arange(65536, dtype=np.uint32) << 16).view(np.float32)
 
 
 def _widen(values: Array, out: Array) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from qattn import _check, backends, devices
 from qattn._backend import as_host
+from qattn._changes import Watched
 from qattn.batch import Batch
 from qattn.errors import CacheError
 from qattn.kv_cache.layouts import layout_for
@@ -26,7 +27,7 @@ Array = np.ndarray[Any, Any]
 NEVER = np.iinfo(np.int64).max
 
 
-class CacheBase(abc.ABC):
+class CacheBase(Watched, abc.ABC):
     """Keys and values of several sequences, for one layer.  Keys are stored rotated.
 
     ``len(cache)`` is the number of tokens of the only sequence, `lengths` those of all.  Memory consists of pages that

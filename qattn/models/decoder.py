@@ -10,6 +10,7 @@ import numpy as np
 
 from qattn import _check, backends, devices
 from qattn._backend import as_host
+from qattn._changes import Watched
 from qattn.batch import Batch
 from qattn.cpu.threads import get_num_threads
 from qattn.errors import CacheError
@@ -54,6 +55,9 @@ class Decoder:
         self.device: str = embeddings.device
         self._backend, self._xp = backends.get(self.device.split(":")[0]), devices.namespace(self.device)
         self._embeddings, self._output_norm, self._output = embeddings, output_norm, output
+        self._embedding_factor = None
+        if config.embedding_scale != 1:
+            self._embedding_factor = self._xp.full(config.hidden_size, config.embedding_scale, np.float32)
         self._length = 0
         self._step: _Step | None = None
 
@@ -258,7 +262,8 @@ class Decoder:
         _check.shape("tokens", ids, ("tokens",))
         if ids.dtype.kind not in "iu":
             raise ValueError(f"tokens have dtype {ids.dtype}; expected integers")
-        if ids.min() < 0 or ids.max() >= self.config.vocabulary_size:
+        given = ids.tolist()  # a list's minimum takes fewer steps than an array's, which a single token would notice
+        if min(given) < 0 or max(given) >= self.config.vocabulary_size:
             index = int(np.flatnonzero((ids < 0) | (ids >= self.config.vocabulary_size))[0])
             raise ValueError(
                 f"tokens[{index}] is {ids[index]}; the vocabulary has tokens 0 to {self.config.vocabulary_size - 1}"
@@ -269,7 +274,7 @@ class Decoder:
                 f"{len(ids)} tokens{before} don't fit into the cache of {self.max_length}; "
                 "shorten the text, reset(), or load the model with a larger max_length"
             )
-        return ids
+        return ids.astype(np.int64, copy=False)
 
     def _hidden(self, ids: Array) -> Array:
         """Run the layers over new tokens → (tokens, hidden_size) float32."""
@@ -283,8 +288,8 @@ class Decoder:
     def _embed(self, ids: Array, out: Array) -> None:
         """Write the embeddings of tokens."""
         self._backend.take_rows(self._embeddings, self._xp.asarray(ids), out)
-        if self.config.embedding_scale != 1:
-            out *= np.float32(self.config.embedding_scale)
+        if self._embedding_factor is not None:
+            self._backend.finish(out, self._embedding_factor, None, None)
 
     def _run_layers(self, x: Array, places: Array) -> None:
         """Update x (tokens, hidden_size) float32 in place, for tokens at these places of the sequence."""
@@ -335,15 +340,14 @@ class _Step:
         self._batch = Batch(xp.zeros(1, np.int64), self.places, self.places, offsets, one_each=True)
         self.x, self.logits = xp.empty((1, c.hidden_size), np.float32), xp.empty((1, c.vocabulary_size), np.float32)
         decoder._reserve(length + 1)
-        self._parts = self._parts_of(decoder)
+        self._seen, self._parts = self._changes(decoder), self._parts_of(decoder)
         self._positions = min(layer.attention.kv_cache.capacity for layer in decoder.layers)
         self._recordable = all(type(layer.attention.o_proj) is Linear for layer in decoder.layers)
         self._warm = False
 
     def run(self, decoder: Decoder, ids: Array, length: int) -> None:
         """Do what running the layers would, by a replay if they are recorded."""
-        self.places[:] = length
-        decoder._embed(ids, self.x)
+        self.places[:], self.ids[:] = length, int(ids[0])
         if self.program is not None:
             self.program.replay()
         elif not self._recordable or (decoder.device != "cpu" and not self._warm):
@@ -358,13 +362,24 @@ class _Step:
             decoder._note(length + 1)
 
     def _compute(self, decoder: Decoder) -> None:
+        decoder._embed(self.ids, self.x)
         decoder._layers_of(self.x, self._batch, self._positions)
         decoder._head(self.x, self.logits)
 
     def fits(self, decoder: Decoder, length: int) -> bool:
         """Whether a run at this length does what running the layers would."""
-        now = self._parts_of(decoder)
-        return length < self._positions and all(a is b for a, b in zip(now, self._parts, strict=True))
+        now = self._changes(decoder)
+        if now != self._seen:  # of something: is it among the parts?
+            parts = self._parts_of(decoder)
+            if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
+                return False
+            self._seen = now
+        return length < self._positions
+
+    @staticmethod
+    def _changes(decoder: Decoder) -> tuple[Any, ...]:
+        """What differs whenever one of the parts does.  All that a token touches must come from memory again."""
+        return Watched.assignments, get_num_threads(), tuple(decoder.layers)
 
     @staticmethod
     def _parts_of(decoder: Decoder) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qattn import backends, devices
+from qattn._changes import Watched
 from qattn.batch import Batch
 from qattn.errors import GGUFError
 from qattn.gguf_attention import GGUFQAttentionWithRope
@@ -21,7 +22,7 @@ from qattn.rope import Rotation
 Array = np.ndarray[Any, Any]
 
 
-class Layer:
+class Layer(Watched):
     """One layer: attention and feed-forward network, each behind a norm, each added to what came in.
 
     A norm behind either of them is optional.
