@@ -35,13 +35,12 @@ __all__ = ["Module", "PTXError"]
 
 BATCH = 16384  # threads; enough that NumPy's cost per call vanishes, few enough that registers stay in the cache
 KNOWN = """
-    lo hi wide sat cc wrap clamp l r shiftamt ftz rn rz rm rp rna rni rzi rmi rpi approx full relu NaN tf32 satfinite
+    lo hi wide sat cc wrap clamp l r shiftamt ftz rn rz rm rp rni rzi rmi rpi approx full relu NaN
     eq ne lt le gt ge ls hs equ neu ltu leu gtu geu num nan and or xor
-    finite infinite number notanumber normal subnormal
     global shared local const param cta cluster to v2 v4 nc volatile relaxed acquire release acq_rel weak gpu sys sc
     ca cg cs lu cv cop wb wt L1 L2 64B 128B 256B evict_normal evict_unchanged evict_first evict_last no_allocate
     add min max exch cas async commit_group wait_group wait_all sync aligned warp idx up down bfly all any uni ballot
-    m8n8 m16n8k4 m16n8k8 m16n8k16 m16n8k32 row col x1 x2 x4 trans gl proxy
+    m8n8 m16n8k8 m16n8k16 m16n8k32 row col x1 x2 x4 trans gl proxy
 """  # modifiers; others, which may change what an instruction does, are not ignored
 MODIFIERS = frozenset(KNOWN.split()) | BITS.keys()
 

@@ -56,10 +56,9 @@ def move(made: Instruction) -> None:
 
 
 def select(made: Instruction) -> None:
-    """selp: a where the predicate holds, b elsewhere; slct: a where c is not negative."""
-    type_, plain = bits_type(made.types[0]), made.op == "selp"
-    third = PRED if plain else TYPES[made.types[1]]
-    pure(made, type_, [type_, type_, third], lambda a, b, c: np.where(c if plain else c >= 0, a, b))
+    """selp: a where the predicate holds, b elsewhere."""
+    type_ = bits_type(made.types[0])
+    pure(made, type_, [type_, type_, PRED], lambda a, b, c: np.where(c, a, b))
 
 
 def convert_address(made: Instruction) -> None:
@@ -70,7 +69,7 @@ def convert_address(made: Instruction) -> None:
 
 
 def load(made: Instruction) -> None:
-    """ld, ldu: caches, ordering and hints change nothing here."""
+    """ld: caches, ordering and hints change nothing here."""
     type_, place, count = TYPES[made.types[-1]], made.operands[1], length_of(made)
     put = values_of(made.operands[0], type_, count, writer)
     if isinstance(place, Mem) and isinstance(place.base, str):
@@ -172,7 +171,7 @@ def copy_bytes(made: Instruction) -> None:
 def decode(made: Instruction) -> bool:
     """Decode an instruction that moves data; False if it is none."""
     makers = {
-        "mov": move, "selp": select, "slct": select, "cvta": convert_address, "ld": load, "ldu": load, "st": store,
+        "mov": move, "selp": select, "cvta": convert_address, "ld": load, "st": store,
         "atom": atomic, "red": atomic, "cp": copy_async,
     }  # fmt: skip
     if made.op in makers:

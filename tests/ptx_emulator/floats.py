@@ -13,13 +13,13 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.ptx_emulator.parser import Instruction, PTXError, Vec
-from tests.ptx_emulator.values import PRED, TYPES, U32, Array, Machine, Type, pure, reader, writer
+from tests.ptx_emulator.values import PRED, TYPES, Array, Machine, Type, pure, reader, writer
 
 Function = Callable[..., Array]
 EXACT: dict[str, Function] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "sqrt": np.sqrt}
 WIDE: dict[str, Function] = {
     "fma": lambda a, b, c: a * b + c, "mad": lambda a, b, c: a * b + c, "rcp": np.reciprocal,
-    "rsqrt": lambda a: 1 / np.sqrt(a), "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
+    "rsqrt": lambda a: 1 / np.sqrt(a), "ex2": np.exp2, "lg2": np.log2,
 }  # fmt: skip
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
@@ -31,11 +31,6 @@ COMPARE: dict[str, Function] = {
     "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }  # fmt: skip
 JOIN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
-TESTS: dict[str, Function] = {
-    "finite": np.isfinite, "infinite": np.isinf, "number": lambda a: ~np.isnan(a), "notanumber": np.isnan,
-    "normal": lambda a: np.isfinite(a) & (np.abs(a) >= np.finfo(a.dtype).tiny),
-    "subnormal": lambda a: (a != 0) & (np.abs(a) < np.finfo(a.dtype).tiny),
-}  # fmt: skip
 
 
 def narrow(exact: Array, dtype: np.dtype, mode: str) -> Array:
@@ -88,7 +83,7 @@ def rounded(made: Instruction, type_: Type) -> Function:
 
 
 def compare(made: Instruction, type_: Type) -> Function:
-    """The comparison of set and setp."""
+    """The comparison of setp."""
     name = next(mod for mod in made.mods if mod in COMPARE)
     if type_.lanes > 1:
         raise PTXError("comparisons of packed numbers are not supported")
@@ -118,13 +113,6 @@ def set_predicate(made: Instruction) -> None:
             one(machine, values)
 
     made.run = run
-
-
-def set_value(made: Instruction) -> None:
-    """set: all ones, or 1.0, where the comparison holds."""
-    result, source = (TYPES[name] for name in made.types[-2:])
-    test, yes = compare(made, source), 1 if result.kind == "float" else -1
-    pure(made, result, [source, source], lambda a, b: np.where(test(a, b), yes, 0))
 
 
 def to_integer(values: Array, type_: Type, function: Function) -> Array:
@@ -157,9 +145,6 @@ def converter(made: Instruction, result: Type, source: Type) -> Function:
 
 def convert(made: Instruction) -> None:
     """cvt: between any two types; to a packed pair from two numbers, the first of which becomes the upper half."""
-    if "tf32" in made.mods and "rna" in made.mods:
-        pure(made, U32, [U32], lambda a: (a + np.uint32(0x1000)) & np.uint32(0xFFFFE000))
-        return
     if len(made.types) != 2 or "satfinite" in made.mods:
         raise PTXError("this form of cvt is not supported")
     result, source = (TYPES[name] for name in made.types)
@@ -172,18 +157,14 @@ def convert(made: Instruction) -> None:
 
 def decode(made: Instruction) -> bool:
     """Decode a floating-point instruction, a comparison or a conversion; False if it is none."""
-    makers = {"setp": set_predicate, "set": set_value, "cvt": convert}
+    makers = {"setp": set_predicate, "cvt": convert}
     if made.op in makers:
         makers[made.op](made)
         return True
     type_ = TYPES[made.types[-1]] if made.types else PRED
     if type_.kind not in ("float", "bf16"):
         return False
-    if made.op == "testp":
-        pure(made, PRED, [type_], TESTS[next(mod for mod in made.mods if mod in TESTS)])
-    elif made.op == "copysign":
-        pure(made, type_, [type_, type_], lambda sign, value: np.copysign(value, sign))
-    elif made.op in EXACT or made.op in WIDE or made.op in ("min", "max", "neg", "abs"):
+    if made.op in EXACT or made.op in WIDE or made.op in ("min", "max", "neg", "abs"):
         pure(made, type_, [type_] * (len(made.operands) - 1), finished(made, rounded(made, type_)))
     else:
         return False

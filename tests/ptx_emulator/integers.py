@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx_emulator.parser import Instruction, PTXError, Reg
-from tests.ptx_emulator.values import PRED, TYPES, U32, UNSIGNED, Array, Machine, Type, pure, reader, writer
+from tests.ptx_emulator.parser import Instruction, PTXError
+from tests.ptx_emulator.values import TYPES, U32, UNSIGNED, Array, Type, pure
 
 
 def multiply_high(a: Array, b: Array) -> Array:
@@ -75,15 +75,6 @@ def insert_field(a: Array, b: Array, start: Array, length: Array) -> Array:
     return b & ~field | shift(a, start, True) & field
 
 
-def lookup(a: Array, b: Array, c: Array, table: Array) -> Array:
-    """lop3: any function of three bits; bit 4a + 2b + c of the table is its value."""
-    result = np.zeros(1, np.uint32)
-    for index in range(8):
-        if int(table[0]) >> index & 1:
-            result = result | (a if index & 4 else ~a) & (b if index & 2 else ~b) & (c if index & 1 else ~c)
-    return result
-
-
 def permute(a: Array, b: Array, selector: Array) -> Array:
     """prmt: each byte of the result is one of the eight of (b, a), or its sign spread over it."""
     both, result = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.zeros(1, np.uint32)
@@ -104,14 +95,12 @@ def funnel(a: Array, b: Array, amount: Array, mods: list[str]) -> Array:
 
 
 def dot_product(made: Instruction) -> None:
-    """dp4a: c plus the dot product of four bytes; dp2a: of two halves of a with two bytes (.lo or .hi) of b."""
+    """dp4a: c plus the dot product of four bytes."""
     signs = [name[0].replace("s", "i") for name in made.types]
-    result, halves = TYPES["s32" if "i" in signs else "u32"], made.op == "dp2a"
-    chosen = slice(2 if "hi" in made.mods else 0, (4 if "hi" in made.mods else 2) if halves else 4)
+    result = TYPES["s32" if "i" in signs else "u32"]
 
     def run(a: Array, b: Array, c: Array) -> Array:
-        x = split_bytes(a, f"{signs[0]}{1 + halves}").astype(np.int64)
-        return c + (x * split_bytes(b, f"{signs[1]}1")[:, chosen]).sum(1)
+        return c + (split_bytes(a, f"{signs[0]}1").astype(np.int64) * split_bytes(b, f"{signs[1]}1")).sum(1)
 
     pure(made, result, [U32, U32, result], run)
 
@@ -132,41 +121,12 @@ def multiply(made: Instruction, type_: Type) -> None:
         pure(made, result, [type_, type_, result], lambda a, b, c: product(a, b) + c)
 
 
-def carried(made: Instruction, type_: Type) -> None:
-    """add, addc, sub, subc, mad and madc with the carry flag, in unsigned arithmetic."""
-    unsigned, flag = TYPES[f"u{type_.bits}"], Reg(0, 1)
-    get = [reader(operand, type_) for operand in made.operands[1:]]
-    put, put_flag, get_flag = writer(made.operands[0], unsigned), writer(flag, PRED), reader(flag, PRED)
-    takes, gives, minus = made.op.endswith("c"), "cc" in made.mods, made.op.startswith("sub")
-
-    def run(machine: Machine) -> None:
-        a, *rest = (one(machine) for one in get)
-        if len(rest) == 2:
-            a = multiply_high(a, rest[0]) if "hi" in made.mods else a * rest[0]
-        a, b = a.view(unsigned.dtype), rest[-1].view(unsigned.dtype)
-        before = get_flag(machine).astype(unsigned.dtype) if takes else unsigned.dtype.type(0)
-        partial = a - b if minus else a + b
-        total = partial - before if minus else partial + before
-        put(machine, total)
-        if gives:
-            put_flag(machine, (a < b) | (partial < before) if minus else (partial < a) | (total < partial))
-
-    made.run = run
-
-
-def saturated(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """32-bit arithmetic that stops at the limits."""
-    limits = np.iinfo(np.int32)
-    return lambda a, b: np.clip(function(a.astype(np.int64), b.astype(np.int64)), limits.min, limits.max)
-
-
 # Instructions on numbers of one type.  Division by zero, which PTX leaves open, gives 0.
 SAME: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "rem": np.fmod, "neg": np.negative,
     "abs": np.abs, "and": np.bitwise_and,
-    "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "cnot": lambda a: a == 0,
+    "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "div": lambda a, b: (a - np.fmod(a, b)) // b, "brev": reverse_bits,
-    "sad": lambda a, b, c: np.maximum(a, b) - np.minimum(a, b) + c,
 }  # fmt: skip
 
 
@@ -186,26 +146,18 @@ def decode(made: Instruction) -> bool:
         "bfind": (U32, [type_], lambda a: find_highest(a, "shiftamt" in made.mods)),
         "bfe": (type_, [type_, U32, U32], extract_field),
         "bfi": (type_, [type_, type_, U32, U32], insert_field),
-        "lop3": (type_, [type_, type_, type_, U32], lookup),
         "prmt": (type_, [type_, type_, U32], permute),
     }
-    if (
-        "relu" in made.mods
-        or ("sat" in made.mods and op not in ("add", "sub"))
-        or (op == "prmt" and len(made.mods) > 1)
-    ):
+    if {"relu", "sat", "cc"} & {*made.mods} or (op == "prmt" and len(made.mods) > 1):
         raise PTXError("this form is not supported")
-    if op in ("dp4a", "dp2a"):
+    if op == "dp4a":
         dot_product(made)
-    elif op in ("addc", "subc", "madc") or "cc" in made.mods:
-        carried(made, type_)
     elif op in ("mul", "mad"):
         multiply(made, type_)
     elif op in mixed:
         pure(made, *mixed[op])
     elif op in SAME:
-        function = saturated(SAME[op]) if "sat" in made.mods else SAME[op]
-        pure(made, type_, [type_] * (len(made.operands) - 1), function)
+        pure(made, type_, [type_] * (len(made.operands) - 1), SAME[op])
     else:
         return False
     return True

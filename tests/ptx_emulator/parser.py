@@ -1,7 +1,7 @@
 """Read PTX text into one flat list of instructions of each entry.
 
-Calls are expanded in place, so there is no call stack.  Labels become positions in the list, registers become numbers,
-and addresses of variables become integers.
+Labels become positions in the list, registers become numbers, and addresses of variables become integers.  Kernels call
+nothing: what they use has become part of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BITS |= {"f16": 16, "f32": 32, "f64": 64, "f16x2": 32, "bf16": 16, "bf16x2": 32}
 TOKEN = re.compile(r"[;{}\n]|[^;{}\n]+")
 LABEL = re.compile(r"\s*([$\w]+)\s*:(?!:)")
 HEADER = re.compile(
-    r"\s*((?:\.(?:visible|weak|extern)\s+)*)\.(entry|func)\b\s*(?:\(([^)]*)\))?\s*([$\w]+)\s*(?:\(([^)]*)\))?"
+    r"\s*(?:\.(?:visible|weak|extern)\s+)*\.(?P<kind>entry|func)\b\s*(?:\([^)]*\))?\s*(?P<name>[$\w]+)\s*(?:\((?P<params>[^)]*)\))?"
 )
 VARIABLE = re.compile(
     r"(?:\.(?:visible|weak|extern|common)\s+)*\.(global|const|shared|local|param|reg)\s+(.*)", re.DOTALL
@@ -45,7 +45,7 @@ Special = namedtuple("Special", "name")  # %tid.x
 Vec = namedtuple("Vec", "items")  # {a, b}, or a|b for two results; None stands for _
 Mem = namedtuple("Mem", "base offset")  # [base + offset]; base is a Reg, an Imm or the name of a parameter
 Dynamic = namedtuple("Dynamic", "name")  # dynamic shared memory, whose address is known at the end of an entry
-Function = namedtuple("Function", "name entry results params body")
+Entry = namedtuple("Entry", "name params body")
 Scope = ChainMap[str, Any]
 
 
@@ -137,24 +137,24 @@ def parameters(text: str | None) -> list[tuple[str, str]]:
     return found
 
 
-def functions(ptx: str) -> tuple[dict[str, Function], list[tuple[int, str]]]:
-    """The functions that have a body, and the statements outside of them."""
-    found: dict[str, Function] = {}
-    outside, current, depth = [], None, 0
+def entries(ptx: str) -> tuple[list[Entry], list[tuple[int, str]]]:
+    """The entries, and the statements outside of functions.  Functions that are no entries stay unread."""
+    found: list[Entry] = []
+    outside, current, body, depth = [], None, [], 0
     for line, text in statements(ptx):
-        if current and not current.body and text != "{":
+        if current and not body and text != "{":
             current = None  # a declaration only
         if current is None and (header := HEADER.match(text)):
-            linkage, kind, results, name, params = header.groups()
-            if "extern" not in linkage:
-                current = Function(name, kind == "entry", parameters(results), parameters(params), [])
+            current, body = header, []
         elif current is None:
             outside.append((line, text))
         else:
             depth += (text == "{") - (text == "}")
-            current.body.append((line, text))
+            body.append((line, text))
             if depth == 0:
-                found[current.name], current = current, None
+                if current["kind"] == "entry":
+                    found.append(Entry(current["name"], parameters(current["params"]), body))
+                current = None
     return found, outside
 
 
@@ -242,19 +242,19 @@ class Program:
     """An entry, ready to be decoded.
 
     params : (type, name) of its parameters
-    code : all instructions, those of functions that it calls included
-    names, widths : of the registers; number 0 is the carry flag
+    code : all instructions
+    names, widths : of the registers
     shared_bytes, local_bytes : static shared memory of a block, local memory of a thread
     """
 
-    def __init__(self, entry: Function, others: dict[str, Function], layout: Layout, variables: dict[str, Any]):
-        self.name, self.params = entry.name, entry.params
-        self.others, self.layout, self.variables = others, layout, variables
+    def __init__(self, entry: Entry, layout: Layout, variables: dict[str, Any]):
+        self.name, self.params, self.layout = entry.name, entry.params, layout
         self.code: list[Instruction] = []
-        self.names, self.widths = ["carry"], [1]
+        self.names: list[str] = []
+        self.widths: list[int] = []
         self.branches: list[tuple[Instruction, str, Scope]] = []
         layout.ends["local"] = 0
-        self.expand(entry, ChainMap({name: name for _, name in entry.params}, variables), None, [])
+        self.read(entry.body, ChainMap({name: name for _, name in entry.params}, variables))
         self.code.append(Instruction(entry.body[-1][0], "}", "ret"))
         self.shared_bytes, self.local_bytes = (-(-layout.ends[space] // 16) * 16 for space in ("shared", "local"))
         for made, label, scope in self.branches:
@@ -265,12 +265,9 @@ class Program:
             made.operands = [self.relocated(operand) for operand in made.operands]
         find_live(self.code)
 
-    def expand(self, function: Function, scope: Scope, after: str | None, callers: list[str]) -> None:
-        """Append a function's instructions.  after is the label behind a call; an entry's ret ends the thread."""
-        if function.name in callers:
-            raise PTXError(f"recursive call of {function.name}")
-        callers = [*callers, function.name]
-        for line, text in function.body:
+    def read(self, body: list[tuple[int, str]], scope: Scope) -> None:
+        """Append the instructions of an entry."""
+        for line, text in body:
             try:
                 if text in "{}":
                     scope = scope.new_child() if text == "{" else scope.parents
@@ -279,15 +276,13 @@ class Program:
                 elif variable := VARIABLE.match(text):
                     scope.maps[0].update(self.declare(*variable.groups()))
                 elif not text.startswith(".pragma"):
-                    self.instruction(line, text, scope, after, callers)
+                    self.instruction(line, text, scope)
             except PTXError as error:
                 raise error.at(f"line {line}: {text}") from None
 
     def declare(self, space: str, rest: str) -> dict[str, Any]:
         if space == "reg":
             return {name: self.register(name, BITS[type_]) for type_, _, name, _, _ in declaration(rest)}
-        if space == "param":
-            return {name: {} for _, _, name, _, _ in declaration(rest)}  # registers by offset, see `passed`
         return self.layout.place(space, rest)
 
     def register(self, name: str, width: int) -> Reg:
@@ -295,7 +290,7 @@ class Program:
         self.widths.append(width)
         return Reg(len(self.widths) - 1, width)
 
-    def instruction(self, line: int, text: str, scope: Scope, after: str | None, callers: list[str]) -> None:
+    def instruction(self, line: int, text: str, scope: Scope) -> None:
         match = STATEMENT.fullmatch(text)
         if not match:
             raise PTXError("cannot read the instruction")
@@ -303,42 +298,13 @@ class Program:
         made = Instruction(line, text, op, re.findall(r"\w+", mods))
         if guard:
             made.guard = self.operand(guard, scope)._replace(negated=bool(negated))
-        if op == "call":
-            self.call(made, split(rest), scope, callers)
-            return
-        if op == "bra" or (op == "ret" and after):
-            made.op = "bra"
-            self.branches.append((made, rest if op == "bra" else after or "", scope))
+        if op == "bra":
+            self.branches.append((made, rest, scope))
+        elif op == "call":
+            raise PTXError("calls are not supported")
         else:
             made.operands = [self.operand(part, scope) for part in split(rest)]
-            self.passed(made)
         self.code.append(made)
-
-    def call(self, made: Instruction, parts: list[str], scope: Scope, callers: list[str]) -> None:
-        """Expand a call: the callee's parameters are other names for the caller's."""
-        results = split(parts.pop(0)[1:-1]) if parts[0].startswith("(") else []
-        callee = self.others.get(parts[0])
-        if callee is None or made.guard:
-            raise PTXError(f"cannot call {parts[0]}")
-        given = results + (split(parts[1][1:-1]) if len(parts) > 1 else [])
-        wanted = [name for _, name in callee.results + callee.params]
-        inner: Scope = ChainMap({name: scope[one] for name, one in zip(wanted, given, strict=True)}, self.variables)
-        self.expand(callee, inner, "behind the call", callers)
-        inner["behind the call"] = len(self.code)
-
-    def passed(self, made: Instruction) -> None:
-        """Turn ld.param and st.param of a call's parameters, which are registers here, into mov."""
-        place = next((one for one in made.operands if isinstance(one, Mem) and isinstance(one.base, dict)), None)
-        if place is None:
-            return
-        value = next(operand for operand in made.operands if operand is not place)
-        if isinstance(value, Vec):
-            raise PTXError("vectors of parameters are not supported")
-        if place.offset not in place.base:
-            place.base[place.offset] = self.register("a parameter", BITS[made.types[-1]])
-        slot = place.base[place.offset]
-        made.operands = [value, slot] if made.op == "ld" else [slot, value]
-        made.op, made.mods = "mov", made.types
 
     def operand(self, text: str, scope: Scope) -> Any:
         """Read one operand."""
@@ -346,7 +312,7 @@ class Program:
             return Vec(tuple(self.operand(part.strip(), scope) for part in re.split(r"[,|]", text.strip("{}"))))
         if text[0] == "[":
             base, sign, offset = re.fullmatch(r"\[\s*(-?[^\s+-]+)\s*([+-]?)\s*(.*?)\s*\]", text).groups()
-            inner = scope[base] if isinstance(scope.get(base), (str, dict)) else self.operand(base, scope)
+            inner = scope[base] if isinstance(scope.get(base), str) else self.operand(base, scope)
             return Mem(inner, int(number(offset or "0")) * (-1 if sign == "-" else 1))
         if text[0] == "!":
             return self.operand(text[1:].strip(), scope)._replace(negated=True)
@@ -387,8 +353,6 @@ def find_live(code: list[Instruction]) -> None:
     for made in code:
         first = 0 if made.op in DEFINE_NOTHING else 1
         used, defined = registers_of(made.operands[first:]), registers_of(made.operands[:first])
-        used |= made.op in ("addc", "subc", "madc")  # bit 0: the carry flag
-        defined |= "cc" in made.mods
         if made.guard:
             used |= 1 << made.guard.number | defined
         changes.append((used, ~defined))
@@ -407,16 +371,15 @@ def find_live(code: list[Instruction]) -> None:
 
 def programs(ptx: str) -> tuple[list[Program], list[tuple[str, np.ndarray, bool]]]:
     """Every entry of a module, and the module's arrays: name, bytes, whether it may be written."""
-    found, outside = functions(ptx)
+    found, outside = entries(ptx)
     layout, variables = Layout(), {}
     for line, text in outside:
         if variable := VARIABLE.match(text):
             variables.update(layout.place(*variable.groups()))
         elif not text.startswith(".pragma"):
             raise PTXError("unknown directive").at(f"line {line}: {text}")
-    shared, entries = layout.ends["shared"], []
-    for function in found.values():
-        if function.entry:
-            layout.ends["shared"] = shared
-            entries.append(Program(function, found, layout, variables))
-    return entries, layout.arrays
+    shared, read = layout.ends["shared"], []
+    for entry in found:
+        layout.ends["shared"] = shared
+        read.append(Program(entry, layout, variables))
+    return read, layout.arrays

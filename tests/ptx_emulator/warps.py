@@ -20,7 +20,7 @@ from tests.ptx_emulator.values import (
 )  # fmt: skip
 
 ALL_LANES = reader(Imm(-1), U32)
-COLUMNS = {"f16": 2, "bf16": 2, "s8": 4, "u8": 4, "tf32": 1}  # numbers of a fragment in one register
+COLUMNS = {"f16": 2, "bf16": 2, "s8": 4, "u8": 4}  # numbers of a fragment in one register
 
 
 def shuffle(made: Instruction) -> None:
@@ -86,8 +86,6 @@ def numbers(machine: Machine, registers: list[Array], name: str) -> Array:
     if machine.size % 32:
         raise PTXError("mma needs blocks of whole warps")
     bits = np.stack([np.broadcast_to(register, machine.count).reshape(-1, 32) for register in registers], -1)
-    if name == "tf32":
-        return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)[..., None]
     split = bits.view(f"u{TYPES[name].bits // 8}").reshape(-1)
     return from_bits(split, TYPES[name]).astype(np.float64).reshape(*bits.shape, -1)
 
@@ -130,16 +128,14 @@ def multiply_matrices(made: Instruction) -> None:
         product = np.matmul(*matrices(a, b)).reshape(-1, 2, 8, 4, 2)  # warp, upper half, g, t, column
         for index, (one, c) in enumerate(zip(put, add, strict=True)):
             part = product[:, index].reshape(-1, 2) if pairs else product[:, index // 2, :, :, index % 2].reshape(-1)
-            one(machine, finish(part + c(machine), number.dtype, "satfinite" in made.mods))
+            one(machine, finish(part + c(machine), number.dtype))
 
     made.run = run
 
 
-def finish(total: Array, dtype: np.dtype, saturating: bool) -> Array:
-    """Round the sums of mma; integers wrap, or stop at the limits."""
-    if dtype.kind == "f":
-        return narrow(total, dtype, "rn")
-    return (np.clip(total, -(2.0**31), 2.0**31 - 1) if saturating else total).astype(np.int64).astype(dtype)
+def finish(total: Array, dtype: np.dtype) -> Array:
+    """Round the sums of mma; integers wrap."""
+    return narrow(total, dtype, "rn") if dtype.kind == "f" else total.astype(np.int64).astype(dtype)
 
 
 def load_matrix(made: Instruction) -> None:
