@@ -65,7 +65,11 @@ def generated(key: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     Machine code is found by the function's name and the types of its arguments, across all that a process loads from
     the disk.  So functions that differ in what they enclose must differ in name.
+
+    It becomes part of what calls it, since a call with arrays costs as much as a kernel's work for hundreds of columns:
+    without options as Python, which spares compiling it on its own, else by LLVM, so that its options count.
     """
+    how: dict[str, Any] = {"forceinline": True, **options} if options else {"inline": "always"}
 
     def decorate(function: Callable[..., Any]) -> Any:
         named = FunctionType(
@@ -73,7 +77,7 @@ def generated(key: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
         )
         named.__qualname__ = f"{function.__qualname__}[{key}]"
         named.__doc__, named.__module__ = function.__doc__, function.__module__
-        return numba.njit(forceinline=True, **options)(named)
+        return numba.njit(**how)(named)
 
     return decorate
 
