@@ -15,7 +15,8 @@ hypothesis.settings.load_profile("qattn")
 
 
 def pytest_runtest_setup():
-    """What compilers have left stays for good: the garbage collector need not look through it again and again."""
+    """What compilers have left, and something still refers to, the garbage collector need not look through again."""
+    gc.collect()
     gc.freeze()
 
 
