@@ -91,13 +91,6 @@ def _floats(e: Emitter, there: Pointer) -> Value:
     return e.from_f16(there.load(e.I16V))
 
 
-@micro_kernel
-def fetch(e, there, first, end):  # type: ignore[no-untyped-def]
-    """Ask for bytes first … end - 1 of an array."""
-    with e.loop((end - first + 63) >> 6) as line:
-        e.prefetch(there.at(first + line * 64), near=False)
-
-
 # ---------------------------------------------------------------------------------------------------------- keys
 
 

@@ -83,7 +83,7 @@ def keys(storage: Storage) -> Keys:
     @generated(name)
     def score(s, rows, keys, values, tile, head_dim, fetch):  # type: ignore[no-untyped-def]
         if fetch and rows < TARGET.rows:
-            attend_codes.fetch((values, 0, values.nbytes))
+            attend_tiles.fetch((values, 0, values.nbytes))
         steps, size_of_row = steps_of(head_dim), row_words(head_dim)
         for block in range(0, rows, TARGET.rows):
             scores(block_size(rows - block), (s.panel[block * size_of_row :], keys,
@@ -144,7 +144,7 @@ def _add_codes(storage: Storage, name: str) -> Any:
                                s.units[row:], s.constants[row:], cell, cells, tiles, tile_bytes))  # fmt: skip
                 if follow and rows < TARGET.rows:  # memory binds
                     step, steps = cell * rows + row, cells * rows
-                    attend_codes.fetch((values[tiles:], step * tiles * tile_bytes // steps,
+                    attend_tiles.fetch((values[tiles:], step * tiles * tile_bytes // steps,
                                         (step + 1) * tiles * tile_bytes // steps))  # fmt: skip
             for block in range(0, rows, TARGET.rows):
                 kernel(block_size(rows - block), (

@@ -198,6 +198,13 @@ def query_kernel(storage: Storage) -> Any:
 
 
 @micro_kernel
+def fetch(e, there, first, end):  # type: ignore[no-untyped-def]
+    """Ask for bytes first … end - 1 of an array."""
+    with e.loop((end - first + 63) >> 6) as line:
+        e.prefetch(there.at(first + line * 64), near=False)
+
+
+@micro_kernel
 def scale(e, x, out, factor, vectors, stride):  # type: ignore[no-untyped-def]
     """out = x · factor, where the vectors of x are `stride` bytes apart."""
     factors = factor.splat(e.F32)
