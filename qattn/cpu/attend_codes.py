@@ -46,13 +46,9 @@ class _Cell:
         self.e, self.type, self._there = e, type_, there
 
     def biased(self, quad: int) -> Value:
-        """64 unsigned bytes: levels plus `bias`."""
+        """64 unsigned bytes: levels plus `_bias`."""
         table = self.type.table
-        return self._looked_up(quad, [level + 128 for level in table]) if table else self._codes(quad)
-
-    @property
-    def bias(self) -> int:
-        return 128 if self.type.table else self.type.zero
+        return self._looked_up(quad, [level + _bias(self.type) for level in table]) if table else self._codes(quad)
 
     def levels(self, quad: int, zero: int | None = None) -> Value:
         """64 signed bytes: codes minus the type's zero, or another."""
@@ -81,6 +77,16 @@ def cell_bytes(type_: CacheType) -> int:
     return 2 * CELL * type_.bits
 
 
+def _bias(type_: CacheType) -> int:
+    """What makes levels unsigned."""
+    return 128 if type_.table else type_.zero
+
+
+def _signed(type_: CacheType) -> bool:
+    """Whether keys are multiplied as signed levels, since unsigned ones would be too large for the machine."""
+    return (255 if type_.table else (1 << type_.bits) - 1) > MAX_CODE
+
+
 def _middle(type_: CacheType) -> int:
     """What is subtracted from the codes of values, so that errors of rounded weights meet small levels."""
     return 1 << (type_.bits - 1) if type_.offset else type_.zero
@@ -94,31 +100,36 @@ def _floats(e: Emitter, there: Pointer) -> Value:
 # ---------------------------------------------------------------------------------------------------------- keys
 
 
-@micro_kernel
-def load_query(e, q, panel, scale, cells, stride):  # type: ignore[no-untyped-def]
+def query_kernel(storage: Storage) -> Any:
     """Round one query row, times `scale`, into a column-major block: `QUERY_WORDS` words for each cell.
 
     q : float32, padded to whole cells
     """
-    factor = scale.splat(e.F32)
-    with e.loop(cells) as cell:
-        there = panel.at(cell * stride * QUERY_WORDS)
-        unit, rounded = round_cell(e, [q.at(cell * (4 * CELL)).at(64 * i).load(e.F32) * factor for i in range(2)])
-        integers = [half.to(e.I32V) for half in rounded]
-        for i, half in enumerate(integers):
-            quads = half.to(e.I8V).bits(e.QUADS)
-            for quad in range(4):
-                there.at(stride * (4 * i + quad)).store(quads.lane(quad))
-        total = e.sum(integers[0] + integers[1])
-        for word, value in ((8, unit), (9, total), (10, unit * total.to(e.F32S))):
-            there.at(stride * word).store(value)
+    bias = 0 if _signed(storage.type) else _bias(storage.type)
+
+    @micro_kernel
+    def run(e, q, panel, scale, cells, stride):  # type: ignore[no-untyped-def]
+        factor = scale.splat(e.F32)
+        with e.loop(cells) as cell:
+            there = panel.at(cell * stride * QUERY_WORDS)
+            unit, rounded = round_cell(e, [q.at(cell * (4 * CELL)).at(64 * i).load(e.F32) * factor for i in range(2)])
+            integers = [half.to(e.I32V) for half in rounded]
+            for i, half in enumerate(integers):
+                quads = half.to(e.I8V).bits(e.QUADS)
+                for quad in range(4):
+                    there.at(stride * (4 * i + quad)).store(quads.lane(quad))
+            total = e.sum(integers[0] + integers[1])
+            for word, value in ((8, unit), (9, total * -bias), (10, unit * total.to(e.F32S))):
+                there.at(stride * word).store(value)
+
+    return run
 
 
 def scores_kernel(storage: Storage, rows: int) -> Any:
     """`rows` query rows, rounded, times one tile of keys → scores, a row every KEY_BLOCK floats."""
     type_, size = storage.type, cell_bytes(storage.type)
     lines = size // 64  # of a cache
-    signed = (255 if type_.table else (1 << type_.bits) - 1) > MAX_CODE
+    signed = _signed(type_)
 
     @micro_kernel
     def run(e, q, keys, scores, cells):  # type: ignore[no-untyped-def]
@@ -129,9 +140,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
             def word(w: int, m: int, at: Pointer = at) -> Pointer:
                 return at.at(4 * (w * rows + m))
 
-            integers = [e.constant(0, e.I32V)] * rows
-            if cell.bias and not signed:
-                integers = [(word(9, m).load(e.I32) * -cell.bias).splat(e.I32V) for m in range(rows)]
+            integers = [word(9, m).load(e.I32).splat(e.I32V) for m in range(rows)]
             for quad in range(8):
                 if rows < TARGET.rows and quad % (8 // lines) == 0:  # memory binds
                     line = 64 * (quad // (8 // lines))
@@ -184,33 +193,52 @@ def exact_scores_kernel(storage: Storage, rows: int) -> Any:
 # -------------------------------------------------------------------------------------------------------- values
 
 
-def weights_kernel(storage: Storage) -> Any:
-    """Round one row of weights, times the scales of a cell of each tile: a byte a key, their unit, and a constant.
+def weights_kernel(storage: Storage, rows: int) -> Any:
+    """Round rows of weights, times the scales of a cell of each tile: a byte a key, a unit and a constant for each row.
 
-    weights : float32;  values : the first tile;  products : KEY_BLOCK floats of room;  cell, cells : which, of how many
+    weights, rounded : a row every KEY_BLOCK;  values : the first tile;  cell, cells : which, of how many
+    ahead : bytes from a tile to the one to ask memory for meanwhile, half of this cell
     """
     type_, size = storage.type, cell_bytes(storage.type)
+    lines = size // 64  # of a cache
 
     @micro_kernel
-    def run(e, weights, values, products, rounded, unit, constant, cell, cells, tiles, tile_bytes):  # type: ignore[no-untyped-def]
+    def run(e, weights, values, rounded, units, constants, cell, cells, tiles, tile_bytes, ahead):  # type: ignore[no-untyped-def]
         first, zeros = values.at(cells * size + cell * SCALES), e.constant(0.0, e.F32)
-        largest, total = e.register(zeros), e.register(zeros)
+
+        def products(tile: Value) -> list[tuple[Value, Value]]:
+            """The weights of a tile, and these times the scales, for each row."""
+            scale, there = _floats(e, first.at(tile * tile_bytes)), weights.at(tile * (4 * LANES))
+            scale = e.absolute(scale) if type_.signed_scale else scale
+            of_rows = [there.at(m * 4 * KEY_BLOCK).load(e.F32) for m in range(rows)]
+            return [(weight, weight * scale) for weight in of_rows]
+
+        def prefetch(tile: Value, lines: range) -> None:
+            there = values.at(tile * tile_bytes + ahead)
+            for line in lines:
+                e.prefetch(there.at(cell * size + 64 * line), near=False)
+
+        largest, totals = ([e.register(zeros) for _ in range(rows)] for _ in range(2))
         with e.loop(tiles) as tile:
-            weight, there = weights.at(tile * (4 * LANES)).load(e.F32), first.at(tile * tile_bytes)
-            scale = _floats(e, there)
-            product = weight * (e.absolute(scale) if type_.signed_scale else scale)
-            products.at(tile * (4 * LANES)).store(product)
-            largest.set(e.maximum(product, largest.get()))
-            if type_.offset:
-                offset = _floats(e, there.at(cells * SCALES))
-                total.set(total.get() + e.fma(weight, offset, product * float(_middle(type_))))
-        step = e.largest(largest.get()) * (1 / MAX_CODE)
-        inverse = step.compare(">", _TINY).where(e.constant(1.0, e.F32S) / step, e.constant(0.0, e.F32S)).splat(e.F32)
-        unit.store(step)
-        constant.store(e.sum(total.get()))
+            prefetch(tile, range(lines // 4))
+            for i in range(1 + type_.offset):
+                e.prefetch(first.at(tile * tile_bytes + cells * (i * SCALES)).at(ahead), near=False)
+            offset = _floats(e, first.at(tile * tile_bytes).at(cells * SCALES)) if type_.offset else None
+            for m, (weight, product) in enumerate(products(tile)):
+                largest[m].set(e.maximum(product, largest[m].get()))
+                if offset is not None:
+                    totals[m].set(totals[m].get() + e.fma(weight, offset, product * float(_middle(type_))))
+        inverses, nothing = [], e.constant(0.0, e.F32S)
+        for m in range(rows):
+            step = e.largest(largest[m].get()) * (1 / MAX_CODE)
+            inverses.append(step.compare(">", _TINY).where(e.constant(1.0, e.F32S) / step, nothing).splat(e.F32))
+            units.at(4 * m).store(step)
+            constants.at(4 * m).store(e.sum(totals[m].get()))
         with e.loop(tiles) as tile:
-            word = e.fma(products.at(tile * (4 * LANES)).load(e.F32), inverse, e.constant(_ROUND, e.F32))
-            rounded.at(tile * LANES).store(word.bits(e.I32V).to(e.I8V))
+            prefetch(tile, range(lines // 4, lines // 2))
+            for m, (_, product) in enumerate(products(tile)):
+                word = e.fma(product, inverses[m], e.constant(_ROUND, e.F32))
+                rounded.at(m * KEY_BLOCK).at(tile * LANES).store(word.bits(e.I32V).to(e.I8V))
 
     return run
 
@@ -219,17 +247,20 @@ def values_kernel(storage: Storage, rows: int) -> Any:
     """out = out · factor + constant + unit · rounded weights times one cell of each tile.
 
     out : a row every 16 floats, for the lower 16 elements, and `slice_bytes` further on for the upper ones
+    ahead : bytes from a tile to the one to ask memory for meanwhile, the other half of this cell
     """
-    type_ = storage.type
+    type_, lines = storage.type, cell_bytes(storage.type) // 64
 
     @micro_kernel
-    def run(e, rounded, codes, scales, out, factors, units, constants, tiles, tile_bytes, slice_bytes):  # type: ignore[no-untyped-def]
+    def run(e, rounded, codes, scales, out, factors, units, constants, tiles, tile_bytes, slice_bytes, ahead):  # type: ignore[no-untyped-def]
         sums = [[e.register(e.constant(0, e.I32V)) for _ in range(rows)] for _ in range(2)]
         with e.loop(tiles) as tile:
             cell, at = _Cell(e, type_, codes.at(tile * tile_bytes)), rounded.at(tile * LANES)
             signs = scales.at(tile * tile_bytes).load(e.I16V).shift_signed(15).to(e.I8V).bits(e.QUADS)
             integers = [[register.get() for register in half] for half in sums]
             for quad in range(4):
+                for line in range(lines // 2 + quad, lines if rows < TARGET.rows else 0, 4):  # memory binds
+                    e.prefetch(codes.at(tile * tile_bytes + 64 * line).at(ahead), near=False)
                 levels = [cell.levels(4 * half + quad, _middle(type_)) for half in range(2)]
                 if type_.signed_scale:  # -1 where it is negative: level ^ -1 = -level - 1
                     sign = signs.lane(quad).splat(e.I32V).bits(e.U8)

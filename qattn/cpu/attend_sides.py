@@ -51,7 +51,7 @@ def keys(storage: Storage) -> Keys:
     """The functions for keys that are stored and multiplied like this."""
     in_blocks, rounds, name = storage.type.in_blocks, storage.compute == "int8", f"{storage.kind}-{storage.compute}"
     packed, words = storage.pack, storage.words
-    load_floats = attend_tiles.query_kernel(storage)
+    load_row = (attend_codes if rounds else attend_tiles).query_kernel(storage)
     made: Any = attend_tiles.scores_kernel
     if in_blocks:
         made = attend_codes.scores_kernel if rounds else attend_codes.exact_scores_kernel
@@ -76,9 +76,9 @@ def keys(storage: Storage) -> Keys:
         if rounds:
             for d in range(steps * BLOCK):
                 s.query[d] = q[d] if d < head_dim else np.float32(0)
-            attend_codes.load_query((s.query, panel, scale, steps, 4 * size))
+            load_row((s.query, panel, scale, steps, 4 * size))
         else:
-            load_floats((q, panel, scale, head_dim, steps * BLOCK if in_blocks else steps, 4 * size))
+            load_row((q, panel, scale, head_dim, steps * BLOCK if in_blocks else steps, 4 * size))
 
     @generated(name)
     def score(s, rows, keys, values, tile, head_dim, fetch):  # type: ignore[no-untyped-def]
@@ -132,25 +132,24 @@ def _add_floats(storage: Storage, name: str) -> Any:
 
 
 def _add_codes(storage: Storage, name: str) -> Any:
-    round_weights = attend_codes.weights_kernel(storage)
+    round_weights = attend_tiles.some_rows(attend_codes.weights_kernel, storage)
     kernel, size = by_size(attend_codes.values_kernel, storage), attend_codes.cell_bytes(storage.type)
 
     @generated(name)
     def add(s, rows, values, tiles, follow, value_dim):  # type: ignore[no-untyped-def]
         cells, tile_bytes, slice_of_rows = (value_dim + BLOCK - 1) // BLOCK, values.shape[1], s.row_max.size * LANES
+        ahead = tiles * tile_bytes if follow else 0
         for cell in range(cells):
-            for row in range(rows):
-                round_weights((s.weights[row * KEY_BLOCK :], values, s.query, s.rounded[row * KEY_BLOCK :],
-                               s.units[row:], s.constants[row:], cell, cells, tiles, tile_bytes))  # fmt: skip
-                if follow and rows < TARGET.rows:  # memory binds
-                    step, steps = cell * rows + row, cells * rows
-                    attend_tiles.fetch((values[tiles:], step * tiles * tile_bytes // steps,
-                                        (step + 1) * tiles * tile_bytes // steps))  # fmt: skip
+            row = 0
+            while row < rows:
+                row += round_weights(rows - row, (
+                    s.weights[row * KEY_BLOCK :], values, s.rounded[row * KEY_BLOCK :], s.units[row:],
+                    s.constants[row:], cell, cells, tiles, tile_bytes, ahead if row == 0 else 0))  # fmt: skip
             for block in range(0, rows, TARGET.rows):
                 kernel(block_size(rows - block), (
                     s.rounded[block * KEY_BLOCK :], values[0, cell * size :], values[0, cells * size + cell * SCALES :],
                     s.out[2 * cell * slice_of_rows + block * LANES :], s.factor[block:], s.units[block:],
-                    s.constants[block:], tiles, tile_bytes, 4 * slice_of_rows))  # fmt: skip
+                    s.constants[block:], tiles, tile_bytes, 4 * slice_of_rows, ahead))  # fmt: skip
 
     return add
 

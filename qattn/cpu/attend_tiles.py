@@ -5,16 +5,19 @@ See `qattn.cpu.attention` for how keys and values lie in tiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from qattn import cache_types
 from qattn.cache_types import CacheType
+from qattn.cpu._jit import generated
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
 KEY_BLOCK = 128  # keys per step of the online softmax: scores of 96 rows then take 48 KiB
 MASKED = -1e30  # below every score; finite, so that a row without any visible key gives 0, not NaN
 LOG2E = 1.4426950408889634
+TOGETHER = 4  # rows whose softmax is computed at once, so that none waits for itself
 AHEAD = 4096  # bytes of keys to ask for ahead: a tile of 16 heads of 128
 
 
@@ -134,42 +137,63 @@ def values_kernel(storage: Storage, rows: int) -> Any:
     return run
 
 
-def softmax_kernel(storage: Storage, masked: bool) -> Any:
-    """One row of scores of `tiles` tiles → weights, and the running maximum, sum and rescaling factor.
+def some_rows(make: Callable[[Storage, int], Any], storage: Storage) -> Any:
+    """An njit function run(rows, arguments) that does the first row, or TOGETHER if there are so many → how many."""
+    one, several = make(storage, 1), make(storage, TOGETHER)
 
+    @generated(f"{make.__name__}-{storage}")
+    def run(rows, arguments):  # type: ignore[no-untyped-def]
+        if rows < TOGETHER:
+            one(arguments)
+            return 1
+        several(arguments)
+        return TOGETHER
+
+    return run
+
+
+def softmax_kernel(storage: Storage, rows: int, masked: bool = False) -> Any:
+    """Rows of scores of `tiles` tiles → weights, and the running maxima, sums and rescaling factors.
+
+    scores, weights : a row every KEY_BLOCK
     If `masked`, keys outside first … end - 1, counted from the block's start, weigh nothing.
     """
     degree = 5 if storage.compute == "f32" else 4  # weights rounded to 8 bits need no more
+    item = 2 if storage.compute == "bf16" else 4
 
     @micro_kernel
     def run(e, scores, weights, tiles, first, end, row_max, row_sum, factor):  # type: ignore[no-untyped-def]
         lanes = e.constant(list(range(LANES)), e.I32V)
         low, high = (bound.to(e.I32).splat(e.I32V) for bound in (first, end))
         hidden = e.constant(float("-inf"), e.F32)
-        largest = e.register(e.constant(MASKED, e.F32))
+        largest = [e.register(e.constant(MASKED, e.F32)) for _ in range(rows)]
         with e.loop(tiles) as tile:
-            there = scores.at(tile * (4 * LANES))
-            score = there.load(e.F32)
-            if masked:
-                key = lanes + (tile * LANES).to(e.I32).splat(e.I32V)
-                score = key.compare(">=", low).where(key.compare("<", high).where(score, hidden), hidden)
-                there.store(score)
-            largest.set(e.maximum(score, largest.get()))
-        old = row_max.load(e.F32S)
-        peak = e.largest(largest.get())
-        peak = peak.compare(">", old).where(peak, old)
-        row_max.store(peak)
-        shrink = e.exp2((old - peak).splat(e.F32), degree)
-        total, peaks = e.register(e.constant(0.0, e.F32)), peak.splat(e.F32)
+            for m in range(rows):
+                there = scores.at(m * 4 * KEY_BLOCK).at(tile * (4 * LANES))
+                score = there.load(e.F32)
+                if masked:
+                    key = lanes + (tile * LANES).to(e.I32).splat(e.I32V)
+                    score = key.compare(">=", low).where(key.compare("<", high).where(score, hidden), hidden)
+                    there.store(score)
+                largest[m].set(e.maximum(score, largest[m].get()))
+        peaks, shrinks = [], []
+        for m in range(rows):
+            old, peak = row_max.at(4 * m).load(e.F32S), e.largest(largest[m].get())
+            peak = peak.compare(">", old).where(peak, old)
+            row_max.at(4 * m).store(peak)
+            peaks.append(peak.splat(e.F32))
+            shrinks.append(e.exp2((old - peak).splat(e.F32), degree).lane(0))
+        totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(tiles) as tile:
-            p = e.exp2(scores.at(tile * (4 * LANES)).load(e.F32) - peaks, degree)
-            total.set(total.get() + p)
-            if storage.compute == "bf16":
-                weights.at(tile * (2 * LANES)).store(e.to_bf16(p))
-            else:
-                weights.at(tile * (4 * LANES)).store(p)
-        factor.store(shrink.lane(0))
-        row_sum.store(row_sum.load(e.F32S) * shrink.lane(0) + e.sum(total.get()))
+            for m in range(rows):
+                p = e.exp2(scores.at(m * 4 * KEY_BLOCK).at(tile * (4 * LANES)).load(e.F32) - peaks[m], degree)
+                totals[m].set(totals[m].get() + p)
+                rounded = e.to_bf16(p) if storage.compute == "bf16" else p
+                weights.at(m * item * KEY_BLOCK).at(tile * (item * LANES)).store(rounded)
+        for m in range(rows):
+            factor.at(4 * m).store(shrinks[m])
+            there = row_sum.at(4 * m)
+            there.store(there.load(e.F32S) * shrinks[m] + e.sum(totals[m].get()))
 
     return run
 

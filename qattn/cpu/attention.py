@@ -270,7 +270,8 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
     """A function that leaves a job's unnormalized output in s.out, with s.row_max and s.row_sum."""
     _, load, score = attend_sides.keys(keys)
     slices_of, add, ahead = attend_sides.values(values)
-    softmax, masked_softmax = (attend_tiles.softmax_kernel(values, masked=hides) for hides in (False, True))
+    softmax = attend_tiles.some_rows(attend_tiles.softmax_kernel, values)
+    masked_softmax = attend_tiles.softmax_kernel(values, 1, masked=True)
     bounds, adjust = _method(mask, "bounds", mask_name), _adjust(mask, mask_name)
     half_weights = values.compute == "bf16"
 
@@ -310,18 +311,21 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
             fetch, follow = start == low or start % page_keys == 0 or not ahead, stop % page_keys != 0
             for tile in range(tiles):
                 score(s, rows, keys[tile], values[tile], tile, cache.head_dim, fetch)
-            for row in range(rows):
-                query = position + row // group
-                first, end = bounds(mask, query, length)
-                first, end = first - start, min(end, job[5]) - start
-                adjust(s.scores[row * KEY_BLOCK :], tiles, first, end, start, query, token + row // group,
-                       head * group + row % group, logits, mask)  # fmt: skip
-                arguments = (s.scores[row * KEY_BLOCK :], weights[row * KEY_BLOCK :], tiles, first, end,
-                             s.row_max[row:], s.row_sum[row:], s.factor[row:])  # fmt: skip
-                if first <= 0 and end >= tiles * LANES:
-                    softmax(arguments)
-                else:
-                    masked_softmax(arguments)
+            for i in range(job[3]):
+                first, end = bounds(mask, position + i, length)
+                first, end, row = first - start, min(end, job[5]) - start, i * group
+                for one in range(row, row + group):
+                    adjust(s.scores[one * KEY_BLOCK :], tiles, first, end, start, position + i, token + i,
+                           head * group + one % group, logits, mask)  # fmt: skip
+                hides, last = first > 0 or end < tiles * LANES, row + group
+                while row < last:
+                    arguments = (s.scores[row * KEY_BLOCK :], weights[row * KEY_BLOCK :], tiles, first, end,
+                                 s.row_max[row:], s.row_sum[row:], s.factor[row:])  # fmt: skip
+                    if hides:
+                        masked_softmax(arguments)
+                        row += 1
+                    else:
+                        row += softmax(last - row, arguments)
             add(s, rows, values, tiles, follow, cache.value_dim)
             start = stop
 
