@@ -45,8 +45,14 @@ class LatentProjection:
         def load(name: str, rows: int, columns: int) -> tuple[PackedMatrix, float]:
             return packed(state.matrix(name, rows, columns)), state.factor(name)
 
-        def load_each(name: str, rows: int, columns: int) -> tuple[list[PackedMatrix], float]:
-            return [packed(part) for part in state.matrices(name, heads, rows, columns)], state.factor(name)
+        def load_each(name: str, rows: int, columns: int) -> tuple[PackedMatrix | list[PackedMatrix], float]:
+            """All heads' matrices as one, or a list of them if they can't be divided again."""
+            matrices = state.matrices(name, heads, rows, columns)
+            together = PackedMatrix(np.concatenate(matrices)).to(device)
+            if together.divisible(heads):
+                self.nbytes += together.nbytes
+                return together, state.factor(name)
+            return [packed(matrix) for matrix in matrices], state.factor(name)
 
         norm = Norm("rms", latent.epsilon)
         if latent.q_rank:
@@ -76,9 +82,12 @@ class LatentProjection:
         product = ops.affine(x, matrix, None, precision=self._precision)
         return product if factor == 1 else product * np.float32(factor)
 
-    def _times_each(self, x: Array, weights: tuple[list[PackedMatrix], float]) -> Array:
+    def _times_each(self, x: Array, weights: tuple[PackedMatrix | list[PackedMatrix], float]) -> Array:
         """x (tokens, heads, n), a matrix for each head → (tokens, heads, m)."""
         xp, (matrices, factor) = namespace(x), weights
+        if isinstance(matrices, PackedMatrix):
+            product = ops.affine_each(x, matrices, precision=self._precision)
+            return product if factor == 1 else product * np.float32(factor)
         parts = [self._times(xp.ascontiguousarray(x[:, h]), (matrix, factor)) for h, matrix in enumerate(matrices)]
         return xp.stack(parts, axis=1)  # type: ignore[no-any-return]
 

@@ -103,6 +103,19 @@ def affine(
     return out
 
 
+def affine_each(x: Array, matrix: PackedMatrix, *, precision: Precision = "int8") -> Array:
+    """x[:, h] @ head h of matrix.T, for each head: x (tokens, heads, columns) float32 → (tokens, heads, rows).
+
+    matrix : (heads · rows, columns), `divisible` into heads
+    """
+    tokens, heads, _ = x.shape
+    with devices.current(matrix.device):
+        xp = namespace(x)
+        out = xp.empty((tokens, heads, matrix.shape[0] // heads), np.float32)
+        backends.of(x).multiply_each(xp.ascontiguousarray(x), matrix, out, precision == "exact")
+    return out
+
+
 def packed(w: QuantArray | PackedMatrix | Array) -> PackedMatrix:
     """The packed form of weights.  A `QuantArray` keeps it, so that it is made once."""
     if isinstance(w, PackedMatrix):

@@ -61,6 +61,23 @@ def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
         cpu_matmul.product(layout, exact)(part.packed, prepared, out, parts=parts, streams=part.packed.codes)
 
 
+def multiply_each(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
+    """out[:, h] = x[:, h] @ head h of matrix.T: x (tokens, heads, columns), out (tokens, heads, rows), float32.
+
+    matrix : `divisible`, (heads · rows, columns)
+    """
+    (part,), (tokens, heads, columns) = matrix.parts, x.shape
+    layout = part.layout
+    floats, group = layout.bits >= 16, min(layout.group, CELL)
+    parts = min(heads, _PARTS_FEW * get_num_threads())
+    if floats or exact:
+        room = Activations.exact_room(tokens, columns, 0 if floats else group, copies=(parts,))
+    else:
+        room = Activations.room(tokens, columns, group, copies=(parts,))
+    run = cpu_matmul.product_each(layout, exact)
+    run(part.packed, heads, x.reshape(tokens, -1), room, out.reshape(tokens, -1), parts=parts)
+
+
 _ALONE = 1 << 20  # bytes of weights that one thread has read before another, unless it runs already, is worth waking
 _WORK = 1 << 13  # bytes of weights, read once for each block of activations, that are worth a part
 # Parts for each thread.  Memory is read fastest in long pieces; where arithmetic binds, small ones end together.

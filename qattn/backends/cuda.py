@@ -59,6 +59,21 @@ def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
         cuda_matmul.product(layout, exact)(part.packed, x if floats or exact else prepared, out)
 
 
+def multiply_each(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
+    """out[:, h] = x[:, h] @ head h of matrix.T: x (tokens, heads, columns), out (tokens, heads, rows), float32.
+
+    matrix : `divisible`, (heads · rows, columns)
+    Cost: a few launches for each head.
+    """
+    import cupy
+
+    tokens, heads, rows = out.shape
+    for head in range(heads):
+        product = cupy.empty((tokens, rows), np.float32)
+        multiply(cupy.ascontiguousarray(x[:, head]), matrix.head(head, heads), product, exact)
+        out[:, head] = product
+
+
 def finish(out: Array, factor: Array | None, bias: Array | None, limit: float | None) -> None:
     """out = clamp(out · factor + bias, -limit, limit): (tokens, n), and (n,) float32; None for what there isn't."""
     cuda_heads.finish(out, factor, bias, limit)
@@ -145,8 +160,8 @@ def rotate_and_attend(
     One launch, and a small one that merges parts, where each sequence has one token and the cache is of 16 bits.
     """
     storage, (tokens, heads, value_dim) = _storage(cache.params, exact), out.shape
-    plain = {storage.keys, storage.values} <= {"f16", "bf16"} and not cache.params.hadamard
-    if not (plain and batch.one_each and cuda_attention.path(storage, cache.params.head_dim, value_dim) == "tensor"):
+    fuses = cuda_attention.fuses(storage, cache.params.head_dim, value_dim) and not cache.params.hadamard
+    if not (fuses and batch.one_each):
         q = scratch("q", (tokens, heads, cache.params.head_dim))
         rotate_and_store(qkv, rotation, batch, cache, q)
         attend(q, cache, batch.row_offsets, mask, logits, exact=exact, out=out)

@@ -47,26 +47,27 @@ class Activations(NamedTuple):
     """(blocks,) int64: how many slots of a block are in use; empty for exact kernels."""
 
     @classmethod
-    def room(cls, rows: int, columns: int, group: int) -> Activations:
-        """Scratch for int8 activations, for weights with groups of `group` columns."""
+    def room(cls, rows: int, columns: int, group: int, *, copies: tuple[int, ...] = ()) -> Activations:
+        """Scratch for int8 activations, for weights with groups of `group` columns; `copies` go before each shape."""
         cells, parts, blocks = columns // CELL, CELL // group, -(-rows // TARGET.rows)
         size = 2 * cells * padded_rows(rows)
         return cls(
-            scratch("levels", (size * CELL,), np.int8),
-            scratch("scales", (size,)),
-            scratch("starts", (size * parts,), np.int32),
-            scratch("sums", (size * parts,)),
-            scratch("cells", (blocks, 2 * cells), np.int32),
-            scratch("slots", (blocks,), np.int64),
+            scratch("levels", (*copies, size * CELL), np.int8),
+            scratch("scales", (*copies, size)),
+            scratch("starts", (*copies, size * parts), np.int32),
+            scratch("sums", (*copies, size * parts)),
+            scratch("cells", (*copies, blocks, 2 * cells), np.int32),
+            scratch("slots", (*copies, blocks), np.int64),
         )
 
     @classmethod
-    def exact_room(cls, rows: int, columns: int, group: int) -> Activations:
+    def exact_room(cls, rows: int, columns: int, group: int, *, copies: tuple[int, ...] = ()) -> Activations:
         """Scratch for float32 activations; no sums if `group` is 0."""
-        levels = scratch("floats", (padded_rows(rows) * columns,))
-        sums = scratch("sums of floats", (levels.size // group if group else 0,))
-        nothing = np.empty(0, np.int32)
-        return cls(levels, sums[:0], nothing, sums, nothing.reshape(0, 0), np.empty(0, np.int64))
+        size = padded_rows(rows) * columns
+        levels = scratch("floats", (*copies, size))
+        sums = scratch("sums of floats", (*copies, size // group if group else 0))
+        nothing = np.empty((*copies, 0), np.int32)
+        return cls(levels, sums[..., :0], nothing, sums, nothing[..., None], np.empty((*copies, 0), np.int64))
 
 
 @numba.njit
@@ -171,12 +172,8 @@ def _find_outliers(x, top, outliers, second):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def quantize(zero: int, group: int) -> Kernel:
-    """The kernel that rounds activations to int8, for weights of that zero point and groups: ``run(x, a)``.
-
-    x : (rows, K) float32;  a : `Activations`, with `room` for them, overwritten
-    One scale per 32 columns: the largest magnitude maps to ±127, ties round to even.
-    """
+def block_filler(zero: int, group: int) -> Any:
+    """A part of kernels: fill_block(x, block, a) rounds the rows of one block, see `quantize`."""
     parts_of_cell = CELL // group
     round_row, round_rest = _row_kernels(zero, parts_of_cell)
 
@@ -205,6 +202,18 @@ def quantize(zero: int, group: int) -> Kernel:
                 if outliers[m, cell]:
                     round_rest((row[cell * CELL :], levels, scales, starts, sums, height, second[cell]))
 
+    return fill_block
+
+
+@functools.cache
+def quantize(zero: int, group: int) -> Kernel:
+    """The kernel that rounds activations to int8, for weights of that zero point and groups: ``run(x, a)``.
+
+    x : (rows, K) float32;  a : `Activations`, with `room` for them, overwritten
+    One scale per 32 columns: the largest magnitude maps to ±127, ties round to even.
+    """
+    fill_block = block_filler(zero, group)
+
     @kernel(f"{zero}-{group}")
     def run(x, a, part, parts):  # type: ignore[no-untyped-def]
         for block in share(a.slots.size, part, parts):
@@ -213,12 +222,9 @@ def quantize(zero: int, group: int) -> Kernel:
     return run
 
 
-@kernel()
-def arrange(x, group, a, part, parts):  # type: ignore[no-untyped-def]
-    """Lay rows of float32 activations out for exact and float kernels, with the sums of groups (of 0: none).
-
-    x : (rows, K) float32;  a : `Activations`, with `exact_room` for them, overwritten
-    """
+@numba.njit
+def arrange_rows(x, group, a, part, parts):  # type: ignore[no-untyped-def]
+    """A part of kernels: see `arrange`."""
     rows, columns = x.shape
     groups = columns // group if group else 0
     for row in share(rows, part, parts):
@@ -231,3 +237,12 @@ def arrange(x, group, a, part, parts):  # type: ignore[no-untyped-def]
             for k in range(g * group, (g + 1) * group):
                 total += x[row, k]
             a.sums[first * groups + g * size + row - first] = total
+
+
+@kernel()
+def arrange(x, group, a, part, parts):  # type: ignore[no-untyped-def]
+    """Lay rows of float32 activations out for exact and float kernels, with the sums of groups (of 0: none).
+
+    x : (rows, K) float32;  a : `Activations`, with `exact_room` for them, overwritten
+    """
+    arrange_rows(x, group, a, part, parts)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from qattn.cpu._jit import generated
-from qattn.cpu.activations import BLOCKS, block_size
+from qattn.cpu.activations import BLOCKS, Activations, arrange_rows, block_filler, block_size
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.planes import quad_codes
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
@@ -243,23 +243,22 @@ def _block_times_tile(layout: Layout, exact: bool) -> Any:
     return multiply
 
 
-@functools.cache
-def product(layout: Layout, exact: bool) -> Kernel:
-    """The kernel for weights of a layout: ``run(packed, x, out)`` with ``out[:, packed.targets]`` overwritten.
+def _name(layout: Layout, exact: bool) -> str:
+    return f"{layout.name()}-{'exact' if exact else 'int8'}"
 
-    packed : `Packed`;  x : `Activations`;  out : (tokens, n) float32, C-contiguous
-    Cost: reads the packed weights once for every ``_CACHE / K`` tokens.  Each output depends on its own row and tile
-    only, so the bits do not depend on the number of threads, nor on the rows computed beside it.
-    """
+
+def _block_of_tiles(layout: Layout, exact: bool) -> Any:
+    """The njit function that multiplies by `tiles` tiles from `tile0` on, of which this is one of `parts` parts."""
     multiply, cell = _block_times_tile(layout, exact), 1 if layout.bits >= 16 else CELL
-    name = f"{layout.name()}-{'exact' if exact else 'int8'}"
 
-    @generated(name, _nrt=False)  # counting references would take as long as a few hundred columns of a tile
-    def run_tiles(packed, x, out, buffer, part, parts):  # type: ignore[no-untyped-def]
+    # Counting references would take as long as a few hundred columns of a tile.
+    @generated(_name(layout, exact), _nrt=False)
+    def run_tiles(packed, tile0, tiles, x, out, buffer, part, parts):  # type: ignore[no-untyped-def]
         rows, width, flat, columns = out.shape[0], out.shape[1], out.reshape(-1), packed.codes.shape[1] * cell
         chunk = max(1, _CACHE // columns // TARGET.rows) * TARGET.rows
         for first in range(0, rows, chunk):
-            for tile in share(packed.codes.shape[0], part, parts):
+            for number in share(tiles, part, parts):
+                tile = tile0 + number
                 lanes = packed.targets[tile * LANES : (tile + 1) * LANES]
                 together = lanes.size == LANES and lanes[-1] - lanes[0] == LANES - 1
                 for row in range(first, min(first + chunk, rows), TARGET.rows):
@@ -274,9 +273,52 @@ def product(layout: Layout, exact: bool) -> Kernel:
                             for lane in range(lanes.size):
                                 out[row + m, lanes[lane]] = buffer[m * LANES + lane]
 
-    @kernel(name)
+    return run_tiles
+
+
+@functools.cache
+def product(layout: Layout, exact: bool) -> Kernel:
+    """The kernel for weights of a layout: ``run(packed, x, out)`` with ``out[:, packed.targets]`` overwritten.
+
+    packed : `Packed`;  x : `Activations`;  out : (tokens, n) float32, C-contiguous
+    Cost: reads the packed weights once for every ``_CACHE / K`` tokens.  Each output depends on its own row and tile
+    only, so the bits do not depend on the number of threads, nor on the rows computed beside it.
+    """
+    run_tiles = _block_of_tiles(layout, exact)
+
+    @kernel(_name(layout, exact))
     def run(packed, x, out, part, parts):  # type: ignore[no-untyped-def]
-        run_tiles(packed, x, out, np.empty(TARGET.rows * LANES, np.float32), part, parts)
+        buffer = np.empty(TARGET.rows * LANES, np.float32)
+        run_tiles(packed, 0, packed.codes.shape[0], x, out, buffer, part, parts)
+
+    return run
+
+
+@functools.cache
+def product_each(layout: Layout, exact: bool) -> Kernel:
+    """The kernel for a matrix for each head, each with activations of its own: ``run(packed, heads, x, room, out)``.
+
+    packed : `Packed`, the heads' rows one after the other, whole tiles of each
+    x : (tokens, heads · K) float32;  out : (tokens, n) float32, all rows of a head side by side; both C-contiguous
+    room : `Activations` of the tokens of one head for each part, one after the other along a new first axis
+    """
+    run_tiles, floats, group = _block_of_tiles(layout, exact), layout.bits >= 16, min(layout.group, CELL)
+    fill_block, group_sums = None if floats or exact else block_filler(layout.zero, group), 0 if floats else group
+
+    @kernel(f"each-{_name(layout, exact)}")
+    def run(packed, heads, x, room, out, part, parts):  # type: ignore[no-untyped-def]
+        buffer = np.empty(TARGET.rows * LANES, np.float32)
+        tiles, columns = packed.codes.shape[0] // heads, x.shape[1] // heads
+        a = Activations(room.levels[part], room.scales[part], room.starts[part], room.sums[part], room.cells[part],
+                        room.slots[part])  # fmt: skip
+        for head in share(heads, part, parts):
+            mine = x[:, head * columns : (head + 1) * columns]
+            if fill_block is None:
+                arrange_rows(mine, group_sums, a, 0, 1)
+            else:
+                for block in range(a.slots.size):
+                    fill_block(mine, block, a)
+            run_tiles(packed, head * tiles, tiles, a, out, buffer, 0, 1)
 
     return run
 

@@ -13,6 +13,9 @@ So all copies are of 16 bytes, and all bytes of a sector that is read are used. 
 waiting, to slots that only the same lane reads, so that no barrier is needed: while a warp works on a step, its next
 one is on its way, 8 KiB for heads of 128.  Heads that are no multiple of 64 end with narrower pieces of the same kind.
 
+Heads of any size are padded with zeros to a multiple of 16.  Where values are longer than 256, blocks share their
+elements, and each computes all scores: then keys are read once for each of these blocks.
+
 A tile has 16 rows whether they exist or not: those that don't are zeros, and are dropped.  Tensor cores do that idle
 work in the time of waiting.  The warps take turns at the keys of a block, and their sums are joined at the end.
 """
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import cuda, float32, int32, int64, uint16, uint32
 
@@ -29,6 +32,8 @@ from qattn.cuda import ptx
 from qattn.cuda.attend_codes import piece, stride
 from qattn.cuda.attend_tiles import (
     RESULTS,
+    SHARED,
+    Heads,
     find_tile,
     inverse,
     leave_empty,
@@ -61,31 +66,29 @@ _SLOT = 32 * 16  # bytes: one load of each lane
 _LOW, _HIGH = 0x5410, 0x7632  # the first, and the second, 16 bits of two registers
 
 
-class Sizes(NamedTuple):
+class Sizes(Heads):
     """How a block of a kernel for these heads is laid out."""
-
-    head_dim: int
-    value_dim: int
 
     @property
     def warps(self) -> int:
         """Fewer for long heads, so that a block takes 64 KiB of shared memory, and a multiprocessor three blocks."""
-        return 4 if self.head_dim + self.value_dim <= 256 else 2
+        both = self.key_size + self.columns
+        return 4 if both <= 256 else 2 if both <= 512 else 1
 
     @property
     def query_stride(self) -> int:
         """Elements between rows of q in shared memory: 8 lanes, four of each of two rows, reach all banks."""
-        return (self.head_dim + 31) // 64 * 64 + 32
+        return (self.key_size + 31) // 64 * 64 + 32
 
     @property
     def key_slots(self) -> int:
         """Loads of each lane for 16 keys."""
-        return 2 * (self.head_dim // 32 + self.head_dim % 32 // 16)
+        return 2 * (self.key_size // 32 + self.key_size % 32 // 16)
 
     @property
     def stage(self) -> int:
         """Bytes that the keys and values of a warp's step take."""
-        pieces = self.value_dim // 64 + self.value_dim % 64 // 32 + self.value_dim % 32 // 16
+        pieces = self.columns // 64 + self.columns % 64 // 32 + self.columns % 32 // 16
         return (self.key_slots + 4 * pieces) * _SLOT
 
     @property
@@ -96,7 +99,12 @@ class Sizes(NamedTuple):
     @property
     def peaks(self) -> int:
         """Where each warp's largest scores begin, and behind them its sums of weights."""
-        return self.ring + self.warps * max(2 * self.stage, 4 * ROWS * self.value_dim)
+        return self.ring + self.warps * max(2 * self.stage, 4 * ROWS * self.columns)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU has the shared memory."""
+        return self.launch()["shared"] <= SHARED
 
     def launch(self) -> dict[str, int]:
         """The block and the shared memory of a launch."""
@@ -115,9 +123,9 @@ def pack(kind: str) -> Any:
 
 def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Device functions (bring, multiply): 16 keys to a lane's slots at a shared address, and their products with q."""
-    head_dim, mma = sizes.head_dim, product(kind)
-    full, half, row, between = head_dim // 32, head_dim % 32 // 16, 2 * sizes.query_stride, stride(kind, head_dim)
-    (begin8, taken8), (begin4, taken4) = piece(kind, head_dim, 8), piece(kind, head_dim, 4)
+    size, mma = sizes.key_size, product(kind)
+    full, half, row, between = size // 32, size % 32 // 16, 2 * sizes.query_stride, stride(kind, size)
+    (begin8, taken8), (begin4, taken4) = piece(kind, size, 8), piece(kind, size, 4)
 
     @device
     def bring(keys, at, r, c, to):  # type: ignore[no-untyped-def]
@@ -159,27 +167,27 @@ def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..
 def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
     """Device functions (bring, multiply, spread): 16 values to slots, their sums into `o`, and the sums in order.
 
-    A piece of a value is 64 elements, 8 for each r, or at the end 32 or 16, 4 or 2 for each.  `o` holds four sums for
-    each eight elements.
+    They are about the block's `columns` of values, which begin at `column`.  A piece of a value is 64 elements, 8 for
+    each r, or at the end 32 or 16, 4 or 2 for each.  `o` holds four sums for each eight elements.
     """
-    value_dim, mma, between = sizes.value_dim, product(kind), stride(kind, sizes.value_dim)
-    wide, rest4, rest2 = value_dim // 64, value_dim % 64 // 32, value_dim % 32 // 16
+    columns, size, mma, between = sizes.columns, sizes.value_dim, product(kind), stride(kind, sizes.value_dim)
+    wide, rest4, rest2 = columns // 64, columns % 64 // 32, columns % 32 // 16
     slots = sizes.key_slots * _SLOT
     start4, start2 = 64 * wide, 64 * wide + 32 * rest4
     slot4, slot2 = slots + 4 * wide * _SLOT, slots + 4 * (wide + rest4) * _SLOT
-    (begin8, taken8), (begin4, taken4), (begin2, taken2) = (piece(kind, value_dim, width) for width in (8, 4, 2))
+    (begin8, taken8), (begin4, taken4), (begin2, taken2) = (piece(kind, size, width) for width in (8, 4, 2))
 
     @device
-    def bring(values, at, r, c, to):  # type: ignore[no-untyped-def]
+    def bring(values, at, r, c, column, to):  # type: ignore[no-untyped-def]
         """The first value begins at values[at]."""
         for i in range(4):
             there = at + int64(uint32((2 * c + i % 2 + i // 2 * 8) * between))
             for n in range(wide):
-                begin8(values, there, 8 * r, 64 * n, to + uint32(slots + (4 * n + i) * _SLOT))
+                begin8(values, there, column + 8 * r, 64 * n, to + uint32(slots + (4 * n + i) * _SLOT))
             if rest4:
-                begin4(values, there, 4 * r, start4, to + uint32(slot4 + i * _SLOT))
+                begin4(values, there, column + 4 * r, start4, to + uint32(slot4 + i * _SLOT))
             if rest2:
-                begin2(values, there, 2 * r, start2, to + uint32(slot2 + i * _SLOT))
+                begin2(values, there, column + 2 * r, start2, to + uint32(slot2 + i * _SLOT))
 
     @device
     def add_products(p, v, count, o, first):  # type: ignore[no-untyped-def]
@@ -193,33 +201,33 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
                 )
 
     @device
-    def multiply(p, from_, v, r, o):  # type: ignore[no-untyped-def]
+    def multiply(p, from_, v, r, column, o):  # type: ignore[no-untyped-def]
         """`v` has room for a lane's 16 words of a piece: w-th words of the four keys are w, 4 + w, 8 + w and 12 + w."""
         for n in range(wide):
             for i in range(4):
                 there = from_ + uint32(slots + (4 * n + i) * _SLOT)
-                v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3] = taken8(there, 8 * r, 64 * n)
+                v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3] = taken8(there, column + 8 * r, 64 * n)
             add_products(p, v, 8, o, 32 * n)
         if rest4:
             for i in range(4):
-                v[4 * i], v[4 * i + 1] = taken4(from_ + uint32(slot4 + i * _SLOT), 4 * r, start4)
+                v[4 * i], v[4 * i + 1] = taken4(from_ + uint32(slot4 + i * _SLOT), column + 4 * r, start4)
             add_products(p, v, 4, o, start4 // 2)
         if rest2:
             for i in range(4):
-                (v[4 * i],) = taken2(from_ + uint32(slot2 + i * _SLOT), 2 * r, start2)
+                (v[4 * i],) = taken2(from_ + uint32(slot2 + i * _SLOT), column + 2 * r, start2)
             add_products(p, v, 2, o, start2 // 2)
 
     @device
     def spread_piece(o, width, start, factor0, factor1, sums, r, c):  # type: ignore[no-untyped-def]
         for j in range(width):
-            a, to = start // 2 + 4 * j, uint32(r * value_dim + 2 * width * c + (start + j))
+            a, to = start // 2 + 4 * j, uint32(r * columns + 2 * width * c + (start + j))
             sums[to], sums[to + width] = o[a] * factor0, o[a + 1] * factor0
-            to = uint32(to + uint32(8 * value_dim))
+            to = uint32(to + uint32(8 * columns))
             sums[to], sums[to + width] = o[a + 2] * factor1, o[a + 3] * factor1
 
     @device
     def spread(o, factor0, factor1, sums, r, c):  # type: ignore[no-untyped-def]
-        """Put a warp's sums, times a factor for each row, in order: sums (16, value_dim)."""
+        """Put a warp's sums, times a factor for each row, in order: sums (16, columns)."""
         for n in range(wide):
             spread_piece(o, 8, 64 * n, factor0, factor1, sums, r, c)
         if rest4:
@@ -269,12 +277,12 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
     bring_values, multiply_values, spread = _value_steps(storage.values, sizes)
     weigh, (_, _, sink_of), (base_of, base_for) = _softmax(variant), scores_of(variant), bases_of(variant.paged)
     key_stride, value_stride = stride(storage.keys, sizes.head_dim), stride(storage.values, sizes.value_dim)
-    value_dim, warps, packed = sizes.value_dim, sizes.warps, pack(storage.values)
-    stage, ring, sums_at, peaks_at, size = sizes.stage, sizes.ring, sizes.ring // 4, sizes.peaks // 4, ROWS * value_dim
+    value_dim, columns, warps, packed = sizes.value_dim, sizes.columns, sizes.warps, pack(storage.values)
+    stage, ring, sums_at, peaks_at, size = sizes.stage, sizes.ring, sizes.ring // 4, sizes.peaks // 4, ROWS * columns
 
     @device
     def walk(  # type: ignore[no-untyped-def]
-        cache, sequence, head, first, end, first0, end0, first1, end1, part, given, rows, shared, o, state
+        cache, sequence, head, column, first, end, first0, end0, first1, end1, part, given, rows, shared, o, state
     ):
         """Each warp its 16 keys of a block's step from `first` on: o and state, as fragments of rows r and r + 8."""
         s, p, v = cuda.local.array(8, float32), cuda.local.array(4, uint32), cuda.local.array(16, uint32)
@@ -284,7 +292,7 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
         here = uint32(queries + uint32(ring) + warp * uint32(2 * stage) + lane * uint32(16))
         other = uint32(here + uint32(stage))
         key, step, last = int32(first + warp * KEYS), int32(KEYS * warps), int32(max(end - 1, 0))
-        for i in range(value_dim // 2):
+        for i in range(columns // 2):
             o[i] = float32(0)
         for i in range(2):
             state[i] = sink_of(given, rows[i], warp == 0 and part == 0)
@@ -292,30 +300,30 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
         base = base_of(cache, sequence, head, int32(min(key, last)))
         if key < end:
             bring_keys(cache.keys, (base + key) * key_stride, r, c, here)
-            bring_values(cache.values, (base + key) * value_stride, r, c, here)
+            bring_values(cache.values, (base + key) * value_stride, r, c, column, here)
         ptx.commit_copies()
         base = base_for(cache, sequence, head, int32(min(key + step, last)), base)
         while key < end:
             after = int32(key + step)
             if after < end:
                 bring_keys(cache.keys, (base + after) * key_stride, r, c, other)
-                bring_values(cache.values, (base + after) * value_stride, r, c, other)
+                bring_values(cache.values, (base + after) * value_stride, r, c, column, other)
             ptx.commit_copies()
             base = base_for(cache, sequence, head, int32(min(after + step, last)), base)  # early: others depend on it
             ptx.wait_for_older_copies()
             multiply_keys(queries, here, r, c, s)
             shrink0, shrink1 = weigh(s, int32(key + 2 * c), given, rows, first0, end0, first1, end1, state)
-            for i in range(value_dim // 2):
+            for i in range(columns // 2):
                 o[i] = o[i] * (shrink0 if i % 4 < 2 else shrink1)
             for i in range(4):
                 p[i] = packed(s[2 * i], s[2 * i + 1])
-            multiply_values(p, here, v, r, o)
+            multiply_values(p, here, v, r, column, o)
             here, other = other, here
             key = after
 
     @device
     def finish(  # type: ignore[no-untyped-def]
-        o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts, results
+        o, state, shared, token, group, heads, first_head, first_row, last_row, column, part, parts, results
     ):
         """Join the warps' results, and write the rows."""
         warp, r, c = uint32(cuda.threadIdx.x >> 5), uint32(cuda.threadIdx.x >> 2 & 7), uint32(cuda.threadIdx.x & 3)
@@ -334,9 +342,9 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
         cuda.syncthreads()
         i = int32(cuda.threadIdx.x)
         while i < size:
-            row = int32(uint32(i) // uint32(value_dim))
-            d, flat = int32(i - row * value_dim), int32(first_row + row)
-            if flat <= last_row:
+            row = int32(uint32(i) // uint32(columns))
+            d, flat = int32(i - row * columns + column), int32(first_row + row)
+            if flat <= last_row and d < value_dim:
                 peak, whole, value = float32(HIDDEN), float32(0), float32(0)
                 for w in range(warps):
                     peak = max(peak, peaks[uint32(w * ROWS + row)])
@@ -365,8 +373,9 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
 def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
     """The kernel for a cache of these kinds, and heads of these sizes; launched with `Sizes.launch`."""
     sizes = Sizes(head_dim, value_dim)
-    bounds, narrowed, sums = bounds_of(variant.mask), narrow_for(computed(storage.keys)), value_dim // 2
-    stride, warps, sinking = sizes.query_stride, sizes.warps, int(variant.sinks)
+    bounds, narrowed, sums = bounds_of(variant.mask), narrow_for(computed(storage.keys)), sizes.columns // 2
+    stride, warps, sinking, key_size = sizes.query_stride, sizes.warps, int(variant.sinks), sizes.key_size
+    slices, columns, last_column = sizes.slices, sizes.columns, sizes.last_column
     (row_of, _, _), (walk, finish) = scores_of(variant), block_steps(storage, variant, sizes)
 
     @kernel(
@@ -378,8 +387,10 @@ def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: 
         shared, queries = cuda.shared.array(0, float32, 16), cuda.shared.array(0, uint16, 16)
         o, state = cuda.local.array(sums, float32), cuda.local.array(4, float32)
         group, part = int32(uint32(heads) // uint32(cache.kv_heads)), int32(cuda.blockIdx.y)
-        number = uint32(uint32(cuda.blockIdx.x) // uint32(cache.kv_heads))
-        head = int32(cuda.blockIdx.x - number * uint32(cache.kv_heads))
+        unit = uint32(uint32(cuda.blockIdx.x) // uint32(slices))
+        column = uint32(min(uint32(cuda.blockIdx.x - unit * uint32(slices)) * uint32(columns), uint32(last_column)))
+        number = uint32(unit // uint32(cache.kv_heads))
+        head = int32(unit - number * uint32(cache.kv_heads))
         sequence, tile = find_tile(row_offsets, sequences, int32(number), group, ROWS, 1, few)
         if sequence < 0:
             return
@@ -402,8 +413,9 @@ def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: 
             flat, d = int32(first_row + row), lane
             from_ = row_at(token, int32(min(flat, last_row)), group, heads, first_head) * head_dim
             factor = scale if flat <= last_row else float32(0)
-            while d < head_dim:
-                queries[uint32(row * stride + d)] = narrowed(float32(q[from_ + d] * factor))
+            while d < key_size:
+                value = float32(q[from_ + d] * factor) if d < head_dim else float32(0)
+                queries[uint32(row * stride + d)] = narrowed(value)
                 d = int32(d + 32)
             row = int32(row + warps)
         cuda.syncthreads()
@@ -412,9 +424,9 @@ def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: 
             row_of(given, row_at(token, row1, group, heads, first_head), heads, int32(before - token)),
         )
         walk(
-            cache, sequence, head, first, end, int32(max(first0, first)), int32(min(end0, end)),
+            cache, sequence, head, column, first, end, int32(max(first0, first)), int32(min(end0, end)),
             int32(max(first1, first)), int32(min(end1, end)), part, given, rows, shared, o, state,
         )  # fmt: skip
-        finish(o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts, results)
+        finish(o, state, shared, token, group, heads, first_head, first_row, last_row, column, part, parts, results)
 
     return decode

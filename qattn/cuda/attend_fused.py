@@ -13,6 +13,7 @@ import functools
 from numba import cuda, float32, int32, int64, uint16, uint32
 
 from qattn.cuda import ptx
+from qattn.cuda.attend_codes import stride as row_stride
 from qattn.cuda.attend_decode import ROWS, Sizes, block_steps
 from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, leave_empty, part_of, row_at
 from qattn.cuda.attend_variant import GIVEN, Storage, Variant, bases_of, bounds_of, scores_of
@@ -24,12 +25,16 @@ from qattn.cuda.rope import BATCH, store_value, turn_head
 def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
     """The kernel for a cache of these kinds, of 16 bits, and heads of these sizes; launched with `Sizes.launch`.
 
+    There are at least two warps, and a block adds up whole values.
+
     Block (tile · kv_heads + head, part): each token has as many tiles as its group needs.
     """
     sizes = Sizes(head_dim, value_dim)
-    bounds, stride, sums, warps = bounds_of(variant.mask), sizes.query_stride, value_dim // 2, sizes.warps
+    bounds, stride, sums, warps = bounds_of(variant.mask), sizes.query_stride, sizes.columns // 2, sizes.warps
     (row_of, _, _), (base_of, _), sinking = scores_of(variant), bases_of(variant.paged), int(variant.sinks)
     walk, finish = block_steps(storage, variant, sizes)
+    key_size, key_stride = sizes.key_size, row_stride(storage.keys, head_dim)
+    value_stride = row_stride(storage.values, value_dim)
     turn, store = turn_head(storage.keys), store_value(storage.values)
 
     @kernel(
@@ -70,27 +75,27 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
                 column = int32((heads + head) * head_dim)
                 turn(
                     qkv, row + column, cos, sin, angle, half, neox, int32(head_dim), float32(1),
-                    cache.keys, there * head_dim,
+                    cache.keys, there * key_stride,
                 )  # fmt: skip
             else:
                 column = int32((heads + kv_heads) * head_dim + head * value_dim)
-                store(qkv, row + column, int32(value_dim), cache.values, there * value_dim)
+                store(qkv, row + column, int32(value_dim), cache.values, there * value_stride)
         if parts > 1 and first >= end and part >= sinking:
             leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, results)
             return
 
         m = warp
         while m < ROWS:
+            d = lane
             if first_row + m <= last_row:
+                d = int32(head_dim + lane)
                 column = int32((first_head + first_row + m) * head_dim)
                 turn(
                     qkv, row + column, cos, sin, angle, half, neox, int32(head_dim), scale, queries, uint32(m * stride)
                 )
-            else:
-                d = lane
-                while d < head_dim:
-                    queries[uint32(m * stride + d)] = uint16(0)
-                    d = int32(d + 32)
+            while d < key_size:
+                queries[uint32(m * stride + d)] = uint16(0)
+                d = int32(d + 32)
             m = int32(m + warps)
         cuda.syncthreads()
         low, high = int32(max(low, first)), int32(min(high, end))
@@ -99,7 +104,7 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
             row_of(given, row_at(token, int32(min(r, last_row)), group, heads, first_head), heads, shift),
             row_of(given, row_at(token, int32(min(r + 8, last_row)), group, heads, first_head), heads, shift),
         )
-        walk(cache, slot, head, first, end, low, high, low, high, part, given, rows, shared, o, state)
-        finish(o, state, shared, token, group, heads, first_head, first_row, last_row, part, parts, results)
+        walk(cache, slot, head, uint32(0), first, end, low, high, low, high, part, given, rows, shared, o, state)
+        finish(o, state, shared, token, group, heads, first_head, first_row, last_row, uint32(0), part, parts, results)
 
     return fused

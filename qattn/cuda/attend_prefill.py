@@ -1,7 +1,7 @@
 """Attention of many new tokens, on tensor cores: flash attention (Dao, 2023).
 
 A block has 128 rows, 32 for each of its four warps (half as many with heads longer than 128, or where scores gain a
-bias), and walks the keys 32 at a time.  A step:
+bias), and walks the keys 32 at a time.  Very long heads leave room for 16 keys, or two warps.  A step:
 
 1. wait for the step's keys and values, and for all warps to be done with the step before: a single barrier;
 2. begin to copy the next step's to the other half of shared memory;
@@ -15,19 +15,24 @@ Rows are tokens times the heads of a group, whatever the group.  The block walks
 a warp skips steps that none of its own rows sees, and asks which keys are hidden only where some are.  Blocks with the
 most keys begin first.  Keys in shared memory are 16 bytes further apart than they are long, so that eight of them reach
 all banks.
+
+Heads of any size are padded with zeros to a multiple of 16.  Where values are longer than 256, blocks share their
+elements, and each computes all scores.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import cuda, float32, int32, int64, uint16, uint32
 
 from qattn.cuda import ptx
-from qattn.cuda.attend_codes import in_codes, octets, stride
+from qattn.cuda.attend_codes import in_codes, stride
 from qattn.cuda.attend_decode import pack, product
+from qattn.cuda.attend_stage import Sizes as Sizes
+from qattn.cuda.attend_stage import mover, pair_at
 from qattn.cuda.attend_tiles import (
     RESULTS,
     find_tile,
@@ -53,130 +58,22 @@ from qattn.cuda.attend_variant import (
 from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.warps import ALL_LANES
 
-WARPS = 4
-STEP = 32  # keys: with 64, a thread has no registers for their scores beside the output of two tiles of rows
-
-
-class Sizes(NamedTuple):
-    """How a block of a kernel for these heads is laid out: in at most 99 KiB of shared memory, which every GPU has."""
-
-    head_dim: int
-    value_dim: int
-    reads: bool = False
-    """Whether scores gain what is read from memory, for which two tiles leave no registers."""
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of 16 rows for each warp: two, so that what it reads of keys and values serves twice, if they fit."""
-        return 2 if max(self.head_dim, self.value_dim) <= 128 and not self.reads else 1
-
-    @classmethod
-    def of(cls, variant: Variant, head_dim: int, value_dim: int) -> Sizes:
-        """For a kernel's options."""
-        return cls(head_dim, value_dim, variant.bias or variant.distances)
-
-    @property
-    def rows(self) -> int:
-        return 16 * WARPS * self.tiles
-
-    @property
-    def key_row(self) -> int:
-        """Bytes between keys in shared memory."""
-        return 2 * self.head_dim + 16
-
-    @property
-    def value_row(self) -> int:
-        return 2 * self.value_dim + 16
-
-    @property
-    def stage(self) -> int:
-        """Bytes of the keys and values of a step."""
-        return STEP * (self.key_row + self.value_row)
-
-    def launch(self) -> dict[str, int]:
-        """The block and the shared memory of a launch: two steps, and q."""
-        return {"block": 32 * WARPS, "shared": 2 * self.stage + 2 * self.rows * self.head_dim}
-
-
-def _mover(kind: str, size: int, row: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Device functions (bring, unfold) for a block: a step's keys of `size` elements, `row` bytes each in its memory.
-
-    bring(there, at, to) begins to copy them: as they are, or the codes of each octet to a slot of its thread, which
-    unfold(from_, to) makes float16 of.
-    """
-    each, threads, between = size // 8, 32 * WARPS, stride(kind, size)
-    rows = threads // each  # of a round: all rounds of a thread are at fixed distances
-
-    @device
-    def mine():  # type: ignore[no-untyped-def]
-        """The thread's key in the first round, and its octet."""
-        key = uint32(uint32(cuda.threadIdx.x) // uint32(each))
-        return key, uint32(cuda.threadIdx.x - key * uint32(each))
-
-    @device
-    def has(i, key):  # type: ignore[no-untyped-def]
-        """Whether the thread has one in the round that begins with key i."""
-        return (rows * each == threads or key < uint32(rows)) and (i + rows <= STEP or key < uint32(STEP - i))
-
-    @device
-    def bring(there, at, to):  # type: ignore[no-untyped-def]
-        key, octet = mine()
-        from_ = at + int64(uint32(key * uint32(between) + octet * uint32(8)))
-        into = uint32(to + key * uint32(row) + octet * uint32(16))
-        for i in range(0, STEP, rows):
-            if has(i, key):
-                ptx.copy_async_16(there, from_ + i * between, into + uint32(i * row))
-
-    @device
-    def nothing(from_, to):  # type: ignore[no-untyped-def]
-        pass
-
-    if not in_codes(kind):
-        return bring, nothing
-    begin, pairs = octets(kind, size)
-
-    @device
-    def slot(start, i):  # type: ignore[no-untyped-def]
-        """The first of a thread's words in a round, and how far apart they are: side by side with those of others."""
-        return uint32(start + uint32(16 * each * i) + uint32(4 * cuda.threadIdx.x)), 4 * each * min(rows, STEP - i)
-
-    @device
-    def bring_codes(there, at, to):  # type: ignore[no-untyped-def]
-        key, octet = mine()
-        from_ = at + int64(uint32(key * uint32(between)))
-        for i in range(0, STEP, rows):
-            if has(i, key):
-                into, step = slot(to, i)
-                begin(there, from_ + i * between, octet >> 2, octet & 3, into, step)
-
-    @device
-    def unfold(from_, to):  # type: ignore[no-untyped-def]
-        key, octet = mine()
-        into = uint32(to + key * uint32(row) + octet * uint32(16))
-        for i in range(0, STEP, rows):
-            if has(i, key):
-                at, step = slot(from_, i)
-                a, b, c, d = pairs(at, step, octet >> 2, octet & 3)
-                ptx.store_shared_16(into + uint32(i * row), a, b, c, d)
-
-    return bring_codes, unfold
-
 
 def _scores(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Device functions (hold, multiply) for a warp: its rows of q as left factors, and their scores.
 
     A lane's part of a left factor is 16 bytes, which lie in shared memory lane by lane: [tile][step][lane].
     """
-    steps, pairs, row, mma, packed = sizes.head_dim // 16, STEP // 16, sizes.key_row, product(kind), pack(kind)
-    tiles, count = sizes.tiles, STEP // 2
+    steps, pairs, mma, packed = sizes.heads.key_size // 16, sizes.step // 16, product(kind), pack(kind)
+    row, tiles, count, (read, _) = sizes.key_row, sizes.tiles, sizes.step // 2, pair_at(sizes.heads.head_dim)
 
     @device
     def hold(q, row, scale, to):  # type: ignore[no-untyped-def]
         """A row begins at q[row]; `to` is the shared address of the lane's first word of it, others lie 8 further."""
-        start = row + int64(uint32(2 * (cuda.threadIdx.x & 3)))
+        start = uint32(2 * (cuda.threadIdx.x & 3))
         for i in range(2 * steps):
-            first, second = ptx.load_8(q, start + 8 * i)
-            word = packed(ptx.float_of(first) * scale, ptx.float_of(second) * scale)
+            first, second = read(q, row, start + uint32(8 * i))
+            word = packed(float32(first * scale), float32(second * scale))
             ptx.store_shared_4(to + uint32(512 * (i // 2) + 8 * (i % 2)), word)
 
     @device
@@ -204,7 +101,7 @@ def _scores(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., 
 
 def _softmax(variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Device functions (settle, weigh) on a step's scores.  A lane's rows 2 m and 2 m + 1 are r and r + 8 of tile m."""
-    count, rows = STEP // 4, 2 * sizes.tiles
+    count, rows = sizes.step // 4, 2 * sizes.tiles
     (row_of, change, _), sees, asks = scores_of(variant), sees_of(variant.mask), variant.sees
 
     @device
@@ -266,8 +163,8 @@ def _softmax(variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callab
 
 def _collector(kind: str, sizes: Sizes) -> Callable[..., Any]:
     """A device function for a warp: its output shrinks, and gains weights · values."""
-    steps, pairs, stride, mma, packed = STEP // 16, sizes.value_dim // 16, sizes.value_row, product(kind), pack(kind)
-    tiles, count, sums = sizes.tiles, STEP // 2, sizes.value_dim // 2
+    columns, steps, mma, packed = sizes.heads.columns, sizes.step // 16, product(kind), pack(kind)
+    pairs, stride, tiles, count, sums = columns // 16, sizes.value_row, sizes.tiles, sizes.step // 2, columns // 2
 
     @device
     def collect(s, shrinks, v_at, a, o):  # type: ignore[no-untyped-def]
@@ -300,10 +197,10 @@ def _collector(kind: str, sizes: Sizes) -> Callable[..., Any]:
 
 
 @device
-def _block_range(ranges):  # type: ignore[no-untyped-def]
+def _block_range(ranges, warps):  # type: ignore[no-untyped-def]
     """The least first key and the largest end of the warps' rows."""
     low, high = ranges[0], ranges[1]
-    for w in range(4, 4 * WARPS, 4):
+    for w in range(4, 4 * warps, 4):
         low, high = int32(min(low, ranges[w])), int32(max(high, ranges[w + 1]))
     return low, high
 
@@ -312,17 +209,19 @@ def _block_range(ranges):  # type: ignore[no-untyped-def]
 def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
     """The kernel for a cache of these kinds, and heads of these sizes; launched with `Sizes.launch`."""
     sizes = Sizes.of(variant, head_dim, value_dim)
-    key_row, value_row, stage, tiles = sizes.key_row, sizes.value_row, sizes.stage, sizes.tiles
+    heads_, key_row, value_row, stage, tiles = sizes.heads, sizes.key_row, sizes.value_row, sizes.stage, sizes.tiles
+    warps, keys = sizes.warps, sizes.step
     bounds, (settle, weigh) = bounds_of(variant.mask), _softmax(variant, sizes)
     (row_of, _, sink_of), (base_of, base_for) = scores_of(variant), bases_of(variant.paged)
     changing = any((variant.cap, variant.slopes, variant.bias, variant.distances, variant.sees))
     (hold, multiply), collect = _scores(storage.keys, sizes), _collector(storage.values, sizes)
-    bring_keys, unfold_keys = _mover(storage.keys, head_dim, key_row)
-    bring_values, unfold_values = _mover(storage.values, value_dim, value_row)
+    key_size, slices, columns, last_column = heads_.key_size, heads_.slices, heads_.columns, heads_.last_column
+    bring_keys, unfold_keys = mover(storage.keys, head_dim, key_size, key_row, sizes)
+    bring_values, unfold_values = mover(storage.values, value_dim, columns, value_row, sizes)
     key_stride, value_stride = stride(storage.keys, head_dim), stride(storage.values, value_dim)
-    coded_keys, coded_values = in_codes(storage.keys), in_codes(storage.values)
-    values_at, factors, sums, block_rows, rows = STEP * key_row, 4 * tiles, value_dim // 2, sizes.rows, 2 * tiles
-    all_scores, all_sums, all_ranges, all_bounds = tiles * STEP // 2, tiles * value_dim // 2, 4 * WARPS, 3 * block_rows
+    coded_keys, coded_values, (_, write) = in_codes(storage.keys), in_codes(storage.values), pair_at(value_dim)
+    values_at, factors, sums, block_rows, rows = keys * key_row, 4 * tiles, columns // 2, sizes.rows, 2 * tiles
+    all_scores, all_sums, all_ranges, all_bounds = tiles * keys // 2, tiles * sums, 4 * warps, 3 * block_rows
 
     @kernel(
         "f32* cache i64* i64* f32 results i32 i32 i32 given",
@@ -343,8 +242,10 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
             cuda.local.array(rows, float32),
         )
         group, block = uint32(uint32(heads) // uint32(cache.kv_heads)), uint32(cuda.gridDim.x - 1 - cuda.blockIdx.x)
-        number = uint32(block // uint32(cache.kv_heads))
-        head = int32(block - number * uint32(cache.kv_heads))
+        unit = uint32(block // uint32(slices))
+        column = uint32(min(uint32(block - unit * uint32(slices)) * uint32(columns), uint32(last_column)))
+        number = uint32(unit // uint32(cache.kv_heads))
+        head = int32(unit - number * uint32(cache.kv_heads))
         sequence, tile = find_tile(
             row_offsets, sequences, int32(number), int32(group), block_rows, int32(few + 1), 0x7FFFFFFF
         )
@@ -357,7 +258,7 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
 
         # The lane's rows, copies of the last where there are no more, and what they see.
         here = ptx.shared_address(shared, 0)
-        q_lane = uint32(here + uint32(2 * stage) + warp * uint32(32 * tiles * head_dim) + lane * uint32(16))
+        q_lane = uint32(here + uint32(2 * stage) + warp * uint32(32 * tiles * key_size) + lane * uint32(16))
         local_row = uint32(warp * (16 * tiles) + (lane >> 2))
         last, first_row = int32(new * group - 1), int32(tile * block_rows + local_row)
         low, high, all_first, all_end = int32(length), int32(0), int32(0), int32(length)
@@ -374,15 +275,15 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
                 seen[at + 2] = int32(target) if first_row + 8 * row <= last else int32(-1)
             peaks[row] = sink_of(given, this, True)
             totals[row] = float32(1) if lane & 3 == 0 and peaks[row] > float32(HIDDEN) else float32(0)
-            to = q_lane + uint32(32 * head_dim * (row // 2) + 4 * (row % 2))
+            to = q_lane + uint32(32 * key_size * (row // 2) + 4 * (row % 2))
             hold(q, target * head_dim, scale, to)
         low, high, all_first, all_end = row_min(low), row_max(high), row_max(all_first), row_min(all_end)
         mine = uint32(4 * warp)
         if lane == 0:
             ranges[mine], ranges[mine + 1], ranges[mine + 2], ranges[mine + 3] = low, high, all_first, all_end
         cuda.syncthreads()
-        key, end = _block_range(ranges)
-        key = int32(key & ~(STEP - 1))
+        key, end = _block_range(ranges, warps)
+        key = int32(key & ~(keys - 1))
 
         # The lane's rows of 8 × 8 matrices: two of keys, times two of elements.
         k_lane = uint32(lane & 15) * uint32(key_row) + uint32((lane >> 4) * 16)
@@ -392,8 +293,8 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
         k_other, v_other = k_here + uint32(stage), v_here + uint32(stage)
         base = base_of(cache, sequence, head, int32(min(key, max(end - 1, 0))))
         if key < end:
-            bring_keys(cache.keys, (base + key) * key_stride, k_other if coded_keys else k_here)
-            bring_values(cache.values, (base + key) * value_stride, v_other if coded_values else v_here)
+            bring_keys(cache.keys, (base + key) * key_stride, uint32(0), k_other if coded_keys else k_here)
+            bring_values(cache.values, (base + key) * value_stride, column, v_other if coded_values else v_here)
         ptx.commit_copies()
         for i in range(all_sums):
             o[i] = float32(0)
@@ -401,14 +302,14 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
             ptx.wait_for_copies()
             cuda.syncthreads()
             if coded_keys or coded_values:
-                unfold_keys(k_other, k_here)
-                unfold_values(v_other, v_here)
+                unfold_keys(k_other, uint32(0), k_here)
+                unfold_values(v_other, column, v_here)
                 cuda.syncthreads()
-            after = int32(key + STEP)
+            after = int32(key + keys)
             if after < end:
                 base = base_for(cache, sequence, head, after, base)
-                bring_keys(cache.keys, (base + after) * key_stride, k_other)
-                bring_values(cache.values, (base + after) * value_stride, v_other)
+                bring_keys(cache.keys, (base + after) * key_stride, uint32(0), k_other)
+                bring_values(cache.values, (base + after) * value_stride, column, v_other)
             ptx.commit_copies()
             if key < ranges[mine + 1] and after > ranges[mine]:
                 multiply(q_lane, k_here + k_lane, a, s)
@@ -426,11 +327,10 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
             total = quad_sum(totals[row])
             each, target = inverse(total), int64(seen[uint32(3 * (local_row + 8 * row) + 2)])
             if target >= 0:
-                to = target * value_dim + int64(2 * (lane & 3))
                 for i in range(0, sums, 4):
-                    at = sums * (row // 2) + 2 * (row % 2) + i
-                    ptx.store_8(results.out, to + 2 * i, ptx.bits_of(o[at] * each), ptx.bits_of(o[at + 1] * each))
-                if lane & 3 == 0:
+                    at, d = sums * (row // 2) + 2 * (row % 2) + i, uint32(column + 2 * (lane & 3) + uint32(2 * i))
+                    write(results.out, target * value_dim, d, float32(o[at] * each), float32(o[at + 1] * each))
+                if lane & 3 == 0 and column == 0:
                     results.lse[target] = natural_lse(peaks[row], total)
 
     return prefill

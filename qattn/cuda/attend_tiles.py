@@ -7,12 +7,42 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, int32, uint32
 
 from qattn.cuda import ptx
+from qattn.cuda.attend_codes import padded
 from qattn.cuda.attend_variant import EMPTY
 from qattn.cuda.kernel import device
 from qattn.cuda.warps import ALL_LANES
 
 LN2 = 0.6931471805599453
+SHARED = 98 << 10  # bytes of shared memory that a block may have beside a few fixed ones, on every GPU from 8.0 on
+COLUMNS = 256  # elements of values at most whose sums a warp has registers for
 SPLIT_BLOCK = 64  # keys: capacities are multiples of it, and so are the ranges that keys are split into
+
+
+class Heads(NamedTuple):
+    """The sizes of heads, as tensor cores take them."""
+
+    head_dim: int
+    value_dim: int
+
+    @property
+    def key_size(self) -> int:
+        """Elements of keys, zeros behind the last included."""
+        return padded(self.head_dim)
+
+    @property
+    def slices(self) -> int:
+        """Blocks that share the elements of values, of which each computes all scores anew."""
+        return -(-self.value_dim // COLUMNS)
+
+    @property
+    def columns(self) -> int:
+        """Elements of values that a block adds up."""
+        return padded(-(-self.value_dim // self.slices))
+
+    @property
+    def last_column(self) -> int:
+        """Where the last slice begins: maybe within the one before, and what both compute is the same."""
+        return padded(self.value_dim) - self.columns
 
 
 class Results(NamedTuple):

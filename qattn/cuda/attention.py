@@ -36,7 +36,7 @@ of its keys alone.  A step's keys lie in one page, since pages come in 64s of to
 A step of one token for each sequence has a fourth, `attend_fused`, which is `attend_decode` that rotates and stores the
 token as well, in a cache of 16 bits.  All but the exact one round queries to bfloat16 for keys in bfloat16 and to
 float16 for others, weights likewise for values, and sum in float32: with float16, a scaled query must stay below 65504.
-Codes become float16 on the way (`qattn.cuda.attend_codes`).  They take heads of multiples of 16, up to 256.
+Codes become float16 on the way (`qattn.cuda.attend_codes`).  They take keys of up to 640 elements, values of any size.
 
 The host never reads what is on the device.  How many new tokens and keys a sequence has, only the kernels know; grids
 and the number of parts come from shapes and the cache's capacity.  A block finds its sequence in `row_offsets`, and
@@ -52,7 +52,7 @@ from numba import cuda, float32, int32, int64, uint32
 
 from qattn.batch import Batch
 from qattn.cuda import attend_decode, attend_exact, attend_fused, attend_prefill, ptx
-from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, Results, find_sequence, inverse, natural_lse
+from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, Heads, Results, find_sequence, inverse, natural_lse
 from qattn.cuda.attend_variant import EMPTY, LOG2E, Given, Memory, Storage, Variant
 from qattn.cuda.kernel import kernel
 from qattn.cuda.warps import warp_max, warp_sum
@@ -72,8 +72,8 @@ class CacheView(NamedTuple):
     """
 
     keys: Array
-    """(pages, kv_heads, page_tokens, head_dim), float32 or float16, or bfloat16 as uint16, or float8 as uint8; codes
-    in rows of bytes as long as `qattn.cuda.attend_codes.stride` says.  page_tokens is a multiple of 64."""
+    """(pages, kv_heads, page_tokens, stride), float32 or float16, or bfloat16 as uint16, float8 and codes as uint8;
+    `qattn.cuda.attend_codes.stride` says how long rows are.  page_tokens is a multiple of 64."""
     values: Array
     """(pages, kv_heads, page_tokens, value_dim), likewise."""
     head_dim: int
@@ -132,8 +132,14 @@ class Partial(NamedTuple):
 
 def path(storage: Storage, head_dim: int, value_dim: int) -> str:
     """Which kernels a cache and its heads get: "tensor" or "exact"."""
-    fits = all(size % 16 == 0 and size <= 256 for size in (head_dim, value_dim))
+    fits = attend_decode.Sizes(head_dim, value_dim).fits and attend_prefill.Sizes(Heads(head_dim, value_dim)).fits
     return "tensor" if fits and not storage.exact and "f32" not in storage else "exact"
+
+
+def fuses(storage: Storage, head_dim: int, value_dim: int) -> bool:
+    """Whether `rotate_and_attend` takes a cache and its heads."""
+    sizes, plain = attend_decode.Sizes(head_dim, value_dim), {storage.keys, storage.values} <= {"f16", "bf16"}
+    return plain and path(storage, head_dim, value_dim) == "tensor" and sizes.slices == 1 and sizes.warps > 1
 
 
 def attend(
@@ -148,8 +154,9 @@ def attend(
     out : (tokens, heads, value_dim) float32;  lse : (tokens, heads) float32, natural logarithms; both overwritten
     partial : `Partial` with room for the batch's shape, overwritten
 
-    Cost: decoding, K and V of a sequence once for 16 rows; else once for 128, or 64.  The bits of a token depend on the
-    batch's shape and on the capacity, through the kernel and the number of parts, but not on what else is in the batch.
+    Cost: decoding, K and V of a sequence once for 16 rows, else once for 128, 64 or 32; K again for each 256 elements of
+    V.  The bits of a token depend on the batch's shape and on the capacity, through the kernel and the number of parts,
+    but not on what else is in the batch.
     """
     tokens, heads, head_dim = q.shape
     sequences, value_dim, kv_heads = row_offsets.shape[0] - 1, out.shape[2], cache.keys.shape[1]
@@ -167,15 +174,16 @@ def attend(
         )  # fmt: skip
     else:
         if plan.few:
+            decode = attend_decode.Sizes(head_dim, value_dim)
             attend_decode.decode_kernel(storage, variant, head_dim, value_dim)(
                 *arrays, plan.few, plan.parts, given,
-                grid=(plan.tiles * kv_heads, plan.parts), **attend_decode.Sizes(head_dim, value_dim).launch(),
+                grid=(plan.tiles * kv_heads * decode.slices, plan.parts), **decode.launch(),
             )  # fmt: skip
         if plan.prefill:
             prefill = attend_prefill.Sizes.of(variant, head_dim, value_dim)
             tiles = (tokens * group + (prefill.rows - 1) * min(sequences, tokens)) // prefill.rows
             attend_prefill.prefill_kernel(storage, variant, head_dim, value_dim)(
-                *arrays, plan.few, given, grid=tiles * kv_heads, **prefill.launch()
+                *arrays, plan.few, given, grid=tiles * kv_heads * prefill.heads.slices, **prefill.launch()
             )
     if plan.few and plan.parts > 1:
         _merge_parts(results, row_offsets, plan)
@@ -187,7 +195,7 @@ def rotate_and_attend(
 ) -> None:  # fmt: skip
     """A decode step, from projected rows: rotation, write to the cache and attention, with the bits of the two steps.
 
-    For 16-bit caches, and heads whose `path` is "tensor".  Arguments as in `qattn.cuda.rope.rotate_and_store` and in
+    For what `fuses` says.  Arguments as in `qattn.cuda.rope.rotate_and_store` and in
     `attend`, and
 
     batch : `Batch` with one new token for each sequence, token t in slots[t], no slot twice
@@ -196,7 +204,7 @@ def rotate_and_attend(
     Cost: a launch that reads K and V once, and a small one that merges parts.
     """
     tokens, heads, value_dim = out.shape
-    _, kv_heads, _, head_dim = cache.keys.shape
+    kv_heads, head_dim = cache.keys.shape[1], cache.head_dim
     plan = Plan.of(tokens, tokens, heads, kv_heads, cache.capacity)
     results = Results(out, lse, *partial)
     variant, sizes = Variant.of(mask, logits, cache.pages), attend_decode.Sizes(head_dim, value_dim)

@@ -174,7 +174,7 @@ class Rows:
             (keys, params.key_type, params.head_dim), (values, params.value_type, params.values)
         ):  # fmt: skip
             rows = np.ascontiguousarray(devices.copied(array[sequence, :, start:stop], "cpu").transpose(1, 0, 2))
-            taken = _row_codes(rows, type_, size) if type_.in_blocks else _widened(rows, type_.kind)
+            taken = _row_codes(rows, type_, size) if type_.in_blocks else _widened(rows, type_.kind)[..., :size]
             both.append(hadamard(taken) if params.hadamard else taken)
         return both[0], both[1]
 

@@ -85,7 +85,7 @@ def storage_of(kind, exact=False):
 
 def random_rows(kind, shape, size, seed):
     """Rows of numbers that are about as large as normal ones: shape + (stride,)."""
-    x, random = normal((*shape, size), seed), np.random.default_rng(seed)
+    x, random = normal((*shape, stride(kind, size)), seed), np.random.default_rng(seed)
     if kind in ("f32", "f16"):
         return x.astype(ELEMENT[kind])
     if kind == "bf16":
@@ -109,7 +109,7 @@ ELEMENT = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 def widened(kind, stored, size):
     """The numbers in rows (…, stride) of a cache: (…, size) float32."""
     rows, type_ = stored.get().reshape(-1, 1, stored.shape[-1]), cache_types.of_kind(kind)
-    taken = layouts._row_codes(rows, type_, size) if type_.in_blocks else layouts._widened(rows, kind)
+    taken = layouts._row_codes(rows, type_, size) if type_.in_blocks else layouts._widened(rows, kind)[..., :size]
     return taken.reshape(*stored.shape[:-1], size)
 
 

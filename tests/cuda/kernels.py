@@ -69,6 +69,7 @@ def all_kernels() -> Iterator[Kernel]:
         yield from (attend_exact.exact_kernel(Storage(kind, kind), PLAIN), rope.store_kernel(Storage(kind, kind)))
         yield attend_prefill.prefill_kernel(Storage(kind, kind), PLAIN, 128, 128)
     both = Storage("f16", "f16")
+    yield from (made(both, PLAIN, 576, 512) for made in (attend_decode.decode_kernel, attend_prefill.prefill_kernel))
     yield from (attend_exact.exact_kernel(both, FULL), rope.store_kernel(both, paged=True))
     for made in (attend_decode.decode_kernel, attend_fused.fused_kernel, attend_prefill.prefill_kernel):
         yield made(both, FULL, 128, 128)

@@ -32,7 +32,8 @@ def test_a_token_attends(cupy, kind, mask):
     ("kind", "group", "head_dim", "value_dim"),
     [
         ("f16", 1, 16, 16), ("bf16", 3, 80, 80), ("f16", 8, 128, 128), ("bf16", 4, 128, 64), ("f16", 16, 96, 112),
-        ("bf16", 20, 64, 32), ("f16", 2, 256, 256), ("bf16", 1, 48, 240), ("bf16", 1, 128, 128),
+        ("bf16", 20, 64, 32), ("f16", 2, 256, 256), ("bf16", 1, 48, 240), ("bf16", 1, 128, 128), ("f16", 2, 40, 72),
+        ("bf16", 3, 65, 67), ("f16", 17, 576, 512), ("bf16", 2, 320, 320), ("f16", 1, 96, 544), ("f8", 2, 72, 280),
     ],
 )  # fmt: skip
 def test_a_token_attends_with_heads_of_many_sizes(cupy, kind, group, head_dim, value_dim):
@@ -59,7 +60,8 @@ def test_a_prompt_attends(cupy, kind, mask):
     ("kind", "group", "head_dim", "value_dim"),
     [
         ("bf16", 1, 16, 16), ("f16", 3, 80, 80), ("f16", 8, 128, 128), ("bf16", 4, 128, 128), ("f16", 1, 96, 64),
-        ("bf16", 2, 256, 256), ("f16", 1, 48, 240),
+        ("bf16", 2, 256, 256), ("f16", 1, 48, 240), ("f16", 2, 40, 72), ("bf16", 3, 65, 67), ("f16", 16, 576, 512),
+        ("bf16", 2, 320, 320), ("f16", 1, 96, 544), ("f8", 2, 72, 280),
     ],
 )  # fmt: skip
 def test_a_prompt_attends_with_heads_of_many_sizes(cupy, kind, group, head_dim, value_dim):
@@ -103,10 +105,16 @@ def test_every_batch_attends(cupy, group, kv_heads, window, new, before, spare):
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(576, 512), (800, 700)])
-def test_very_long_heads_attend(cupy, head_dim, value_dim):
+def test_very_long_heads_attend_in_float32(cupy, head_dim, value_dim):
     """Multi-head latent attention, and heads of which shared memory has no room for the rows of four warps."""
     assert (attend_exact.Sizes(head_dim, value_dim).warps == 4) == (head_dim == 576)
-    Case("f16", 2, 1, head_dim, value_dim, (7,), (20,)).check(cupy, Causal())
+    Case("f16", 2, 1, head_dim, value_dim, (7,), (20,), exact=True).check(cupy, Causal())
+
+
+@pytest.mark.parametrize("new", [(1, 1), (20,)])
+def test_long_values_attend_in_parts_and_pages(cupy, new):
+    """Blocks share the elements of values, of codes as well, which begin within an octet of a block."""
+    Case("q5_1", 2, 1, 64, 272, new, (100,) * len(new), 192, page=64, options=("sinks",)).check(cupy, Window(70))
 
 
 @pytest.mark.parametrize(("new", "capacity"), [((1, 1), 640), ((60,), 0)])
@@ -154,10 +162,13 @@ def test_masks_have_at_most_four_fields():
 
 
 def test_the_path_is_chosen_by_type_and_size():
-    assert path(Storage("f16", "f16"), 128, 128) == path(Storage("bf16", "q4_0"), 256, 16) == "tensor"
+    both = Storage("f16", "f16")
     for storage, head_dim, value_dim in [
-        (Storage("f16", "f16", exact=True), 128, 128), (Storage("f16", "f32"), 128, 128),
-        (Storage("f16", "f16"), 40, 64), (Storage("f16", "f16"), 64, 272),
+        (both, 128, 128), (Storage("bf16", "q4_0"), 256, 16), (both, 65, 67), (both, 576, 512), (both, 640, 2000),
+    ]:  # fmt: skip
+        assert path(storage, head_dim, value_dim) == "tensor"
+    for storage, head_dim, value_dim in [
+        (both._replace(exact=True), 128, 128), (Storage("f16", "f32"), 128, 128), (both, 800, 700)
     ]:  # fmt: skip
         assert path(storage, head_dim, value_dim) == "exact"
 
@@ -175,7 +186,7 @@ def test_a_plan_has_a_block_for_every_tile(new, group, kv_heads, capacity):
 
 STEPS = [
     Step(8, 2, 64, 64, (1, 1, 1), (70, 0, 300), RotaryEmbedding(64)),
-    Step(3, 1, 80, 96, (1, 1), (64, 63), RotaryEmbedding(32, pairing="neox"), extra=5),
+    Step(3, 1, 72, 90, (1, 1), (64, 63), RotaryEmbedding(32, pairing="neox"), extra=5),
     Step(20, 1, 128, 128, (1,), (190,), RotaryEmbedding(128)),
 ]
 
