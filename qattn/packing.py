@@ -114,9 +114,10 @@ class PackedMatrix:
         """A view of the rows of one of so many heads, into which they are `divisible`."""
         ((fmt, layout, packed),), view = self.parts, copy.copy(self)
         rows, tiles = self.shape[0] // heads, len(packed.codes) // heads
-        arrays = (array[number * tiles : (number + 1) * tiles] for array in packed[:5])
+        mine = slice(number * tiles, (number + 1) * tiles)
+        arrays = {name: getattr(packed, name)[mine] for name in Packed._fields[:5]}
         view.shape = rows, self.shape[1]
-        view.parts = (Part(fmt, layout, Packed(*arrays, packed.table, packed.targets[:rows], rows)),)
+        view.parts = (Part(fmt, layout, packed._replace(**arrays, targets=packed.targets[:rows], rows=rows)),)
         return view
 
     def __repr__(self) -> str:

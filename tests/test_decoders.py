@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qattn
-from qattn import GGUFError
+from qattn import CacheError, GGUFError
 from qattn.cpu.kernel import Kernel, Program
 from qattn.models import Decoder, ModelConfig, architectures
 from qattn.models.config import unsupported
@@ -114,6 +114,62 @@ def test_a_recorded_step_notices_what_is_replaced(decoder):
     decoder.layers.reverse()
     decoder.truncate(len(TOKENS))
     assert np.array_equal(decoder.forward([7])[0], plain)
+
+
+# Window caches
+
+
+@pytest.fixture
+def windowed(tmp_path):
+    """A decoder whose first layer has a window, with caches for all tokens, and one with window caches."""
+    path = tiny_model.write(tmp_path / "m.gguf", architecture="gemma3")
+    options = {"precision": "exact", "max_length": 2000}
+    return [Decoder.from_gguf(path, window_caches=window_caches, **options) for window_caches in (False, True)]
+
+
+def test_window_caches_give_the_same_bits_in_less_memory(windowed):
+    tokens, (plain, decoder) = np.resize(TOKENS, 1500), windowed
+    local, full = (layer.attention.kv_cache for layer in decoder.layers)
+    before = local.nbytes
+    for piece in [tokens[:700], *tokens[700:1000, None], tokens[1000:1100], tokens[1100:1101], tokens[1101:]]:
+        assert np.array_equal(decoder.forward(piece), plain.forward(piece))
+    assert len(decoder) == len(local) == len(full) == 1500
+    assert local.nbytes == before < full.nbytes / 2 and local.starts[0] > 1000
+    decoder.reset()
+    plain.reset()
+    assert np.array_equal(decoder.forward(tokens[:40]), plain.forward(tokens[:40]))
+
+
+def test_window_caches_reach_back_no_farther_than_their_windows(windowed):
+    (plain, decoder), tokens = windowed, np.resize(TOKENS, 1000)
+    for each in windowed:
+        each.forward(tokens)
+    with pytest.raises(CacheError, match="would see token 294, and the window has left those before 384 behind"):
+        decoder.truncate(300)
+    with pytest.raises(CacheError, match="window caches have let go of the tokens before 384"):
+        decoder.forget(900, 950)
+    assert len(decoder) == 1000 and all(len(layer.attention.kv_cache) == 1000 for layer in decoder.layers)
+    for each in windowed:
+        each.truncate(990)
+    assert np.array_equal(decoder.forward([3]), plain.forward([3]))
+
+
+def test_a_failed_prompt_leaves_no_tokens_where_a_window_has_passed(windowed, monkeypatch):
+    _, decoder = windowed
+    decoder.forward(TOKENS)
+    calls, layer = [], decoder.layers[1]
+    call = type(layer).__call__
+
+    def fail(self, *args):
+        calls.append(self)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return call(self, *args)
+
+    monkeypatch.setattr(type(layer), "__call__", fail)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.forward(np.resize(TOKENS, 1500))
+    assert len(decoder) == 0 and all(len(layer.attention.kv_cache) == 0 for layer in decoder.layers)
 
 
 # Files that can't be run

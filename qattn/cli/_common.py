@@ -110,7 +110,7 @@ def table(title: str, columns: Iterable[tuple[str, str]], rows: Iterable[Iterabl
     return made
 
 
-def load(path: str | Path | None, args: argparse.Namespace, max_length: int | None = None) -> Model:
+def load(path: str | Path | None, args: argparse.Namespace, **options: Any) -> Model:
     """Load a model file, or the default model, which is fetched if it isn't there."""
     import qattn
     from qattn import models
@@ -124,7 +124,7 @@ def load(path: str | Path | None, args: argparse.Namespace, max_length: int | No
             say(f"device: {file.device}")
         args.compiling = file.device == "cpu" and _announce_compilation()
         return models.Model.from_gguf(
-            file, precision=args.precision, cache_dtype=args.cache_type, max_length=max_length
+            file, precision=args.precision, cache_dtype=args.cache_type, **options
         )
 
 

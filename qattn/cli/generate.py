@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     prompt = _common.text_or_file(args.prompt)
     if not prompt:
         raise ValueError("the prompt is empty; give the model something to continue")
-    model = _common.load(args.model, args)
+    model = _common.load(args.model, args, window_caches=True)
     _common.replace_unprintable()
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]

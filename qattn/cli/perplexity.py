@@ -27,6 +27,6 @@ def run(args: argparse.Namespace) -> None:
     from qattn.models.perplexity import perplexity
 
     text = _common.text_or_file(args.text)
-    result = perplexity(_common.load(args.file, args), text, context=args.context)
+    result = perplexity(_common.load(args.file, args, window_caches=True), text, context=args.context)
     sys.stdout.write(f"perplexity {result.value:.4f} ± {result.error:.4f} over {result.tokens} tokens\n")
     _common.say(_common.rate(result.tokens, result.seconds))

@@ -224,18 +224,23 @@ class CacheBase(Watched, abc.ABC):
         CacheError
             If it has fewer, or if the window of the token that follows begins before what is still there.
         """
-        self._check(sequence)
-        length = operator.index(length)
-        if not 0 <= length <= self.lengths[sequence]:
-            raise CacheError(f"length is {length}; sequence {sequence} has {self.lengths[sequence]} tokens")
-        if length < self.lengths[sequence]:
-            self._check_window(sequence, length)
+        length = self.check_length(length, sequence)
         self._cut(sequence, length)
         self._set_length(sequence, length)
         if length < len(self._known[sequence]):
             self._place(sequence, self._known[sequence][:length])
         if length <= self._edited[sequence]:
             self._edited[sequence] = NEVER
+
+    def check_length(self, length: int, sequence: int = 0) -> int:
+        """Raise CacheError if `truncate` would → the length as an integer."""
+        self._check(sequence)
+        length = operator.index(length)
+        if not 0 <= length <= self.lengths[sequence]:
+            raise CacheError(f"length is {length}; sequence {sequence} has {self.lengths[sequence]} tokens")
+        if length < self.lengths[sequence]:
+            self._check_window(sequence, length)
+        return length
 
     def reset(self, sequence: int | None = None) -> None:
         """Forget all tokens of one sequence, or of all."""

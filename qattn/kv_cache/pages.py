@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qattn import devices
+from qattn._changes import Watched
 
 Array = np.ndarray[Any, Any]
 
@@ -103,7 +104,7 @@ class PagePool:
         return pool, order
 
 
-class PageTable:
+class PageTable(Watched):
     """The pages of each sequence, in order: a row of numbers, on the host and where kernels read it."""
 
     def __init__(self, sequences: int, device: str) -> None:

@@ -29,7 +29,8 @@ class Mask(Protocol):
 
         Positions are below `keys`; the end may exceed it.  Keys outside are never read.  A mask may also have a method
         ``sees(query, key)``, which tells for the keys within the bounds whether they are seen.  Both may be static
-        methods.
+        methods.  A property ``span`` may say that no key further back than ``query - span + 1`` is ever seen, so that
+        a cache need not keep it.
         """
 
 

@@ -13,5 +13,9 @@ class Chunked(NamedTuple):
 
     chunk: int
 
+    @property
+    def span(self) -> int:
+        return self.chunk
+
     def bounds(self, query: int, keys: int) -> tuple[int, int]:
         return query - query % self.chunk, query + 1

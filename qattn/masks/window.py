@@ -13,6 +13,10 @@ class SlidingWindow(NamedTuple):
 
     window: int
 
+    @property
+    def span(self) -> int:
+        return self.window
+
     def bounds(self, query: int, keys: int) -> tuple[int, int]:
         return max(0, query - self.window + 1), query + 1
 

@@ -12,12 +12,14 @@ from qattn import _check, backends, devices
 from qattn._backend import as_host
 from qattn._changes import Watched
 from qattn.batch import Batch
+from qattn.cpu.attend_tiles import KEY_BLOCK
 from qattn.cpu.threads import get_num_threads
 from qattn.errors import CacheError
 from qattn.gguf_attention import GGUFQAttentionWithRope
 from qattn.gguf_file import GGUFFile
 from qattn.gguf_file import open as open_gguf
 from qattn.introspect import probed
+from qattn.kv_cache import PagedKVCache, SequenceCache
 from qattn.linear import Linear
 from qattn.models import architectures
 from qattn.models.config import ModelConfig
@@ -59,6 +61,8 @@ class Decoder:
         if config.embedding_scale != 1:
             self._embedding_factor = self._xp.full(config.hidden_size, config.embedding_scale, np.float32)
         self._length = 0
+        self._room = 0
+        """For so many tokens all caches have room."""
         self._step: _Step | None = None
 
     @classmethod
@@ -70,6 +74,7 @@ class Decoder:
         cache_dtype: str | None = None,
         hadamard: bool = False,
         max_length: int | None = None,
+        window_caches: bool = False,
         device: str | None = None,
     ) -> Decoder:
         """Load the decoder of a GGUF file.
@@ -85,6 +90,9 @@ class Decoder:
             Turn keys and values before they are rounded to that: pays below 8 bits.
         max_length : int, optional
             Tokens that the caches can hold: the model's context length, unless said otherwise.
+        window_caches : bool
+            Let layers with sliding windows keep only what their windows show: far less memory for long texts.  Then
+            `truncate` and `forget` reach back no farther than these, and a `forward` that fails may leave no tokens.
         device : str, optional
             Where it computes; that of the file, unless said otherwise.
 
@@ -99,7 +107,7 @@ class Decoder:
         """
         if not isinstance(model, GGUFFile):
             options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
-            options["hadamard"] = hadamard
+            options |= {"hadamard": hadamard, "window_caches": window_caches}
             with open_gguf(model) as opened:
                 return cls.from_gguf(opened, device=device, **options)
         device = devices.resolve(device or model.device)
@@ -114,6 +122,8 @@ class Decoder:
         layers = []
         for n in range(config.layers):
             attention = GGUFQAttentionWithRope.from_gguf(model, n, precision=precision, device=device, **of_caches)
+            if window_caches:
+                attention.kv_cache = _window_cache(attention, max_length)
             layers.append(weights.layer(described, n, attention))
         embeddings = weights.matrix(described.embeddings, config.vocabulary_size, config.hidden_size)
         if f"{described.output}.weight" in model:
@@ -159,7 +169,10 @@ class Decoder:
             with devices.current(self.device):
                 return self._append(ids, last_only)
         except BaseException:  # an interrupt too: layers must not disagree about what they have seen
-            self.truncate(start)
+            try:
+                self.truncate(start)
+            except CacheError:  # windows have let go of what the next token would see
+                self.reset()
             raise
 
     def _append(self, ids: Array, last_only: bool) -> Array:
@@ -218,13 +231,15 @@ class Decoder:
         Raises
         ------
         CacheError
-            There are fewer.
+            There are fewer, or a window cache has let go of what the next token would see.  All is as it was.
         """
         if not 0 <= length <= self._length:
             raise CacheError(f"length is {length}; there are {self._length} tokens")
-        for layer in self.layers:
-            layer.attention.kv_cache.truncate(min(length, len(layer.attention.kv_cache)))
-        self._length = length
+        caches = [layer.attention.kv_cache for layer in self.layers]
+        lengths = [cache.check_length(min(length, len(cache))) for cache in caches]
+        for cache, each in zip(caches, lengths, strict=True):
+            cache.truncate(each)
+        self._length, self._room = length, 0
 
     def forget(self, start: int, stop: int) -> None:
         """Forget tokens start … stop - 1; those behind them move up, and their keys turn to their new positions.
@@ -234,7 +249,7 @@ class Decoder:
         Raises
         ------
         CacheError
-            There are no such tokens.
+            There are no such tokens, or a window cache has let go of some.  All is as it was.
 
         Examples
         --------
@@ -243,17 +258,20 @@ class Decoder:
         """
         if not 0 <= start <= stop <= self._length:
             raise CacheError(f"tokens {start} to {stop} were to be forgotten; there are {self._length}")
+        gone = max(int(layer.attention.kv_cache.starts[0]) for layer in self.layers)
+        if gone and start < stop:
+            raise CacheError(f"window caches have let go of the tokens before {gone}, so that none can be forgotten")
         for layer in self.layers:
             attention = layer.attention
             attention.kv_cache.remove(0, start, stop)
             attention.kv_cache.shift(0, start, None, start - stop, attention.rope)
-        self._length -= stop - start
+        self._length, self._room = self._length - (stop - start), 0
 
     def reset(self) -> None:
         """Forget all tokens."""
         for layer in self.layers:
             layer.attention.reset()
-        self._length = 0
+        self._length = self._room = 0
 
     def _check_tokens(self, tokens: Sequence[int] | Array) -> Array:
         ids = as_host(tokens, "tokens")
@@ -303,9 +321,11 @@ class Decoder:
             layer(x, batch, layer.attention.rotation(positions))
 
     def _reserve(self, length: int) -> None:
-        """Make room for a sequence of that length in all caches."""
+        """Make room for a sequence of that length in all caches, and for some more tokens."""
+        room = min(-(-length // KEY_BLOCK) * KEY_BLOCK, self.max_length)
         for layer in self.layers:
-            layer.attention.kv_cache.reserve(np.array([length]))
+            layer.attention.kv_cache.reserve(np.array([room]))
+        self._room = room
 
     def _note(self, length: int) -> None:
         for layer in self.layers:
@@ -313,6 +333,8 @@ class Decoder:
 
     def _one_more(self, ids: Array, logits: Array) -> None:
         """Append a single token.  Its kernels are recorded, and replayed for those that follow: see `Program`."""
+        if self._length >= self._room:
+            self._reserve(self._length + 1)
         if self._step is None or not self._step.fits(self, self._length):
             self._step = None  # it may hold caches that have been replaced by larger ones
             self._step = _Step(self, self._length)
@@ -327,6 +349,15 @@ class Decoder:
         self._output(normed, out=logits)
         if self.config.logit_softcap:
             self._backend.softcap(logits, self.config.logit_softcap)
+
+
+def _window_cache(attention: GGUFQAttentionWithRope, max_length: int) -> SequenceCache:
+    """A cache that keeps what a layer's sliding window shows; that which the layer has, if it has no window."""
+    span = getattr(attention.mask, "span", None)
+    if span is None:
+        return attention.kv_cache
+    pages = min(-(-(span + _CHUNK) // KEY_BLOCK) + 2, -(-max_length // KEY_BLOCK))  # the first and last may be begun
+    return PagedKVCache(attention.kv_params, pages=pages, window=span, device=attention.device)
 
 
 class _Step:
@@ -387,5 +418,7 @@ class _Step:
         parts: list[Any] = [get_num_threads()]
         for layer in decoder.layers:
             attention = layer.attention
-            parts += attention.wqkv, attention.o_proj, attention.head_scale, attention.kv_cache.view().keys
+            parts += attention.wqkv, attention.o_proj, attention.head_scale
+            view = attention.kv_cache.view()
+            parts += view.keys, view.pages
         return parts

@@ -48,12 +48,13 @@ class Model:
         cache_dtype: str | None = None,
         hadamard: bool = False,
         max_length: int | None = None,
+        window_caches: bool = False,
         device: str | None = None,
     ) -> Model:
         """Load a GGUF file; parameters and errors are those of `Decoder.from_gguf` and `Tokenizer`."""
         if not isinstance(model, GGUFFile):
             options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
-            options["hadamard"] = hadamard
+            options |= {"hadamard": hadamard, "window_caches": window_caches}
             with open_gguf(model) as opened:
                 return cls.from_gguf(opened, device=device, **options)
         tokenizer = Tokenizer.from_gguf(model)  # first: it fails in a moment where it fails
@@ -63,6 +64,7 @@ class Model:
             cache_dtype=cache_dtype,
             hadamard=hadamard,
             max_length=max_length,
+            window_caches=window_caches,
             device=device,
         )
         return cls(decoder, tokenizer)
