@@ -154,8 +154,8 @@ def attend(
     out : (tokens, heads, value_dim) float32;  lse : (tokens, heads) float32, natural logarithms; both overwritten
     partial : `Partial` with room for the batch's shape, overwritten
 
-    Cost: decoding, K and V of a sequence once for 16 rows, else once for 128, 64 or 32; K once for each 256 elements
-    of V.  The bits of a token depend on the batch's shape and on the capacity, through the kernel and the number of parts,
+    Cost: decoding, K and V of a sequence once for 16 rows, else once for 128, 64 or 32; K once for each 256 elements of
+    V.  The bits of a token depend on the batch's shape and on the capacity, through the kernel and the number of parts,
     but not on what else is in the batch.
     """
     tokens, heads, head_dim = q.shape
