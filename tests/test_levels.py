@@ -69,7 +69,7 @@ assert reference.nmse(out, want) < 5e-4
 attend = attention.attend(*[attention.Storage("bf16", "bf16")] * 2, Causal)
 print(TARGET.level)
 for kernel in (matmul.product(packed.layouts[0], False), attend):
-    print("=====", *kernel.body.inspect_asm().values(), sep="\\n")
+    print("=====", *(asm for thunk in kernel.thunks.values() for asm in thunk.inspect_asm().values()), sep="\\n")
 """
 
 

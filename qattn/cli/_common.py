@@ -123,9 +123,7 @@ def load(path: str | Path | None, args: argparse.Namespace, **options: Any) -> M
         if args.device == "auto":
             say(f"device: {file.device}")
         args.compiling = file.device == "cpu" and _announce_compilation()
-        return models.Model.from_gguf(
-            file, precision=args.precision, cache_dtype=args.cache_type, **options
-        )
+        return models.Model.from_gguf(file, precision=args.precision, cache_dtype=args.cache_type, **options)
 
 
 def _announce_compilation() -> bool:

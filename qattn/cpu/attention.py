@@ -124,7 +124,9 @@ def _plan(row_offsets, ranges, counts, kv_heads, group):  # type: ignore[no-unty
                     if counts[s] > 1:
                         first, end, target = low + part * SPLIT, min(high, low + part * SPLIT + SPLIT), partial
                         partial += group
-                    jobs[j] = (s, head, token, min(per_job, row_offsets[s + 1] - token), first, end, target, part)
+                    tokens = min(per_job, row_offsets[s + 1] - token)
+                    for i, field in enumerate((s, head, token, tokens, first, end, target, part)):
+                        jobs[j, i] = field
                     j += 1
     return jobs
 
@@ -146,7 +148,7 @@ def _ranges(bounds: Any, mask_name: str) -> Callable[..., Any]:
                 counts[s] = max(1, (high - low + SPLIT - 1) // SPLIT)
             else:
                 counts[s] = 1
-            ranges[s] = low, high
+            ranges[s, 0], ranges[s, 1] = low, high
         return ranges
 
     return run  # type: ignore[no-any-return]
@@ -228,7 +230,8 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
         counts = np.empty(lengths.size, np.int64)
         jobs = _plan(row_offsets, ranges_of(mask, row_offsets, lengths, counts), counts, kv_heads, group)
         if part == 0:
-            partial.counts[: lengths.size] = counts
+            for n in range(counts.size):
+                partial.counts[n] = counts[n]
         rows, row_lse = out.reshape(tokens * heads, dims), lse.reshape(tokens * heads)
         most = 1  # tokens of a job
         for j in range(jobs.shape[0]):

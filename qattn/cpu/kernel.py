@@ -31,6 +31,7 @@ time; addresses, sizes and numbers are those of the recording.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -50,28 +51,46 @@ _LINE = 8  # int64 in a cache line, which two counters had better not share
 
 
 class Kernel:
-    """A compiled function of ``(…, part, parts)``.  `body` is what other compiled code calls."""
+    """A compiled function of ``(…, part, parts)``."""
 
     def __init__(self, function: Callable[..., None], key: str, kept: bool) -> None:
         self.name = "-".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
-        self.body = compiled(key, kept)(function)
-        self._bind = compiled(self.name, kept)(_binder(self.body, self.name))
+        self.thunks: dict[types.Type, Any] = {}
+        """The compiled code for each tuple of arguments' types that there were."""
+        self._body, self._kept = generated(key)(function), kept
+        self._bind = compiled(self.name, kept)(_bind)
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}>"
 
     def __call__(self, *args: Any, parts: int = 1, streams: np.ndarray | None = None) -> None:
         """Run.  `streams` is the array that the kernel reads from memory, if that is what takes its time."""
-        program = _current.program
+        program, memory, there = _current.program, _current.memory, _current.address
+        if program is not None:
+            memory = np.empty(_ROOM, np.uint8)  # kept with the call
+            there = memory.ctypes.data
+        thunk = self._bind(there, 0, *args) or self._bind(there, self._compile(args), *args)
         if program is None and parts == 1:
-            self.body(*args, 0, 1)
+            _check(_run_alone(thunk, there))
             return
-        memory = np.empty(_ROOM, np.uint8)
         begin, size = (0, 0) if streams is None else (streams.ctypes.data, streams.nbytes)
-        call = np.array([[self._bind(memory.ctypes.data, *args), memory.ctypes.data, parts, begin, size]], np.int64)
+        call = np.array([[thunk, there, parts, begin, size]], np.int64)
         _run(call, min(parts, get_num_threads()))
         if program is not None:
             program.append(self, call, (memory, args))
+
+    def _compile(self, args: tuple[Any, ...]) -> int:
+        """The address of the thunk for arguments of these types."""
+        given = numba.typeof(args)
+        with self._lock:
+            if given not in self.thunks:
+                kept = f"{self.name}-{hashlib.sha256(str(given).encode()).hexdigest()[:12]}"
+                thunk = compiled(kept, self._kept, forceinline=False)(_thunk(self._body, given))
+                thunk.compile(_THUNK)
+                self.thunks[given] = thunk
+        made = self.thunks[given].overloads[_THUNK]
+        return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
 
 def kernel(key: str = "", kept: bool = True) -> Callable[[Callable[..., None]], Kernel]:
@@ -128,7 +147,13 @@ def is_recording() -> bool:
 
 
 class _Current(threading.local):
+    """What a thread records, and memory for the arguments of its calls."""
+
     program: Program | None = None
+
+    def __init__(self) -> None:
+        self.memory = np.empty(_ROOM, np.uint8)
+        self.address = self.memory.ctypes.data
 
 
 _current = _Current()
@@ -174,8 +199,18 @@ def _run(calls: np.ndarray, threads: int) -> None:
         _work(calls, state, 0)
     else:
         _pool.run(calls, state)
-    if state[0, 0, 0]:
+    _check(state[0, 0, 0])
+
+
+def _check(failed: Any) -> None:
+    if failed:
         raise MemoryError("a kernel found no memory for its intermediate results")
+
+
+@compiled(_nrt=False)
+def _run_alone(thunk, arguments):  # type: ignore[no-untyped-def]
+    """Do all of a call in this thread → whether it failed."""
+    return _call(thunk, arguments, 0, 1)
 
 
 @compiled(_nrt=False)
@@ -282,31 +317,36 @@ _NOTHING = ir.FunctionType(ir.VoidType(), [])
 # -------------------------------------------------------------------------------------------------------- thunks
 
 
-def _binder(body: Any, name: str) -> Callable[..., Any]:
-    """A function that stores arguments at an address and returns that of a thunk for their types."""
+def _thunk(body: Any, given: types.Type) -> Callable[..., None]:
+    """A function of `_THUNK` that loads arguments of these types from an address, and is the body of a kernel."""
+    # What is written as a call with each argument becomes part of its caller; one with a tuple would not.
+    scope = {"body": body, "load": _loader(given)}
+    arguments = "".join(f"values[{i}], " for i in range(len(given.types)))
+    exec(f"def thunk(address, part, parts):\n    values = load(address)\n    body({arguments}part, parts)", scope)
+    thunk: Any = scope["thunk"]
+    thunk.__module__ = __name__
+    return thunk  # type: ignore[no-any-return]
 
-    @intrinsic
-    def thunk_address(typing_context: Any, values: Any) -> Any:
-        load = _loader(values)
 
-        def thunk(address, part, parts):  # type: ignore[no-untyped-def]
-            body(*load(address), part, parts)
+def _bind(address, thunk, *values):  # type: ignore[no-untyped-def]
+    """Write arguments to an address → the address of the thunk for their types, once it was told; till then 0."""
+    _save(address, values)
+    return _told(thunk, values)
 
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            dispatcher = generated(f"{name}-{values}", nogil=True)(thunk)
-            dispatcher.compile(_THUNK)
-            target = dispatcher.overloads[_THUNK]
-            context.active_code_library.add_linking_library(target.library)
-            function = context.declare_function(builder.module, target.fndesc)
-            return builder.ptrtoint(function, ir.IntType(64))
 
-        return types.int64(values), codegen
+@intrinsic
+def _told(typing_context: Any, thunk: Any, values: Any) -> Any:
+    """What this was told last, 0 counting for nothing: a variable of the code that it is compiled into."""
 
-    def bind(address, *values):  # type: ignore[no-untyped-def]
-        _save(address, values)
-        return thunk_address(values)
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        variable = ir.GlobalVariable(builder.module, ir.IntType(64), builder.module.get_unique_name("thunk"))
+        variable.linkage, variable.initializer = "internal", ir.Constant(ir.IntType(64), 0)
+        told = builder.icmp_signed("!=", args[0], ir.Constant(ir.IntType(64), 0))
+        with builder.if_then(told):
+            builder.store(args[0], variable)
+        return builder.load(variable)
 
-    return bind
+    return types.int64(types.int64, values), codegen
 
 
 _THUNK = (types.int64, types.int64, types.int64)

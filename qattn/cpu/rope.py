@@ -86,7 +86,8 @@ def rotate_and_store(key_kind: str, value_kind: str) -> Kernel:
             _rotate(row, rotated, cos[angle], sin[angle], neox)
             rotated[head_dim:] = 0
             put_key(rotated, head_dim, keys, lane, room_of_key)
-            rotated[:value_dim] = qkv[t, values_at + h * value_dim : values_at + (h + 1) * value_dim]
+            for d in range(value_dim):
+                rotated[d] = qkv[t, values_at + h * value_dim + d]
             rotated[value_dim:] = 0
             put_value(rotated, value_dim, values, lane, room_of_value)
 
