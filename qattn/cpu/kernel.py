@@ -317,7 +317,7 @@ _NOTHING = ir.FunctionType(ir.VoidType(), [])
 # -------------------------------------------------------------------------------------------------------- thunks
 
 
-def _thunk(body: Any, given: types.Type) -> Callable[..., None]:
+def _thunk(body: Any, given: Any) -> Callable[..., None]:
     """A function of `_THUNK` that loads arguments of these types from an address, and is the body of a kernel."""
     # What is written as a call with each argument becomes part of its caller; one with a tuple would not.
     scope = {"body": body, "load": _loader(given)}
