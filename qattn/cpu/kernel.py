@@ -23,9 +23,10 @@ other on the same arrays again and again, as for each token that a model writes,
     x[...] = another                           # the same arrays, other content
     program.replay()                           # one call, whatever the number of kernels
 
-A recorded call is the address of a *thunk*, compiled code that loads arguments of certain types from memory and calls
-the kernel, and the address of its arguments as machine code wants them.  A replay sees the arrays' contents of its
-time; addresses, sizes and numbers are those of the recording.
+A call is the address of a *thunk*, the kernel's code for arguments of certain types, which it loads from memory, and
+the address of these, as machine code wants them.  Thunks are all that is compiled of a kernel and kept on disk, beside
+small functions that write arguments of certain types and know the thunk for them.  A replay sees the arrays' contents
+of its time; addresses, sizes and numbers are those of the recording.
 """
 
 from __future__ import annotations

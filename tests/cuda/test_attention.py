@@ -31,9 +31,8 @@ def test_a_token_attends(cupy, kind, mask):
 @pytest.mark.parametrize(
     ("kind", "group", "head_dim", "value_dim"),
     [
-        ("f16", 1, 16, 16), ("bf16", 3, 80, 80), ("f16", 8, 128, 128), ("bf16", 4, 128, 64), ("f16", 16, 96, 112),
-        ("bf16", 20, 64, 32), ("f16", 2, 256, 256), ("bf16", 1, 48, 240), ("bf16", 1, 128, 128), ("f16", 2, 40, 72),
-        ("bf16", 3, 65, 67), ("f16", 17, 576, 512), ("bf16", 2, 320, 320), ("f16", 1, 96, 544), ("f8", 2, 72, 280),
+        ("f16", 1, 16, 16), ("bf16", 4, 128, 64), ("f16", 16, 96, 112), ("bf16", 20, 64, 32), ("bf16", 1, 48, 240),
+        ("bf16", 3, 65, 67), ("f16", 17, 576, 512), ("f16", 1, 96, 544), ("f8", 2, 72, 280),
     ],
 )  # fmt: skip
 def test_a_token_attends_with_heads_of_many_sizes(cupy, kind, group, head_dim, value_dim):
@@ -59,9 +58,8 @@ def test_a_prompt_attends(cupy, kind, mask):
 @pytest.mark.parametrize(
     ("kind", "group", "head_dim", "value_dim"),
     [
-        ("bf16", 1, 16, 16), ("f16", 3, 80, 80), ("f16", 8, 128, 128), ("bf16", 4, 128, 128), ("f16", 1, 96, 64),
-        ("bf16", 2, 256, 256), ("f16", 1, 48, 240), ("f16", 2, 40, 72), ("bf16", 3, 65, 67), ("f16", 16, 576, 512),
-        ("bf16", 2, 320, 320), ("f16", 1, 96, 544), ("f8", 2, 72, 280),
+        ("bf16", 1, 16, 16), ("f16", 8, 128, 128), ("f16", 1, 48, 240), ("bf16", 3, 65, 67), ("f16", 16, 576, 512),
+        ("f16", 1, 96, 544), ("f8", 2, 72, 280),
     ],
 )  # fmt: skip
 def test_a_prompt_attends_with_heads_of_many_sizes(cupy, kind, group, head_dim, value_dim):
