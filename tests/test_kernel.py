@@ -146,3 +146,20 @@ def test_the_environment_sets_the_number_of_threads():
     if hasattr(os, "sched_setaffinity"):
         alone = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + code
         assert python(alone) == "1\n"
+
+
+MASK = """
+import numpy as np, qattn
+from qattn import masks
+from qattn.cpu import attention
+mask, x = masks.from_function(lambda query, key: (query - key) % {} == 0), np.eye(4, 16, dtype=np.float32)[:, None]
+assert np.allclose((qattn.attention(x, x, x, mask=mask)[:, 0] > 0)[:, :4], masks.visible(mask, *[np.arange(4)] * 2))
+(thunk,) = attention.attend(*[attention.Storage("f32", "f32")] * 2, type(mask)).thunks.values()
+print(sum(thunk.stats.cache_hits.values()))
+"""
+
+
+def test_a_mask_of_a_function_is_compiled_once_for_all_processes(tmp_path):
+    """It is known by what it does: another that stands in the same place is another."""
+    for step, hits in ((2, "0"), (2, "1"), (3, "0")):
+        assert python(MASK.format(step), NUMBA_CACHE_DIR=str(tmp_path)).strip() == hits

@@ -33,6 +33,7 @@ from qattn.cpu.attend_tiles import Storage as Storage
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES
 from qattn.cpu.target import TARGET
+from qattn.masks import is_ours, mask_key
 
 _ROWS = 96  # query rows that share one pass over the keys
 SPLIT = 512  # keys per job when a single token attends: small enough to occupy all threads, whatever their number
@@ -216,13 +217,13 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
     Cost: K and V of a sequence once for `_ROWS` query rows.  A token's bits depend on nothing else in the batch, except
     that a sequence's only new token takes the split path and then differs by rounding from the same token in a prompt.
     """
-    ours, mask_name = mask.__module__.startswith("qattn."), f"{mask.__module__}.{mask.__qualname__}"
+    mask_name = mask_key(mask)
     name = f"{keys.kind}-{keys.compute}-{values.kind}-{values.compute}-{mask_name}"
     run_job = _job(keys, values, mask, mask_name, name)
     ranges_of = _ranges(_method(mask, "bounds", mask_name), mask_name)
     row_words, slices_of = attend_sides.keys(keys).row_words, attend_sides.values(values).slices
 
-    @kernel(name, kept=ours)  # the cache does not see changes in the code of others
+    @kernel(name, stable=is_ours(mask))
     def run(q, cache, row_offsets, lengths, logits, mask, out, lse, partial, part, parts):  # type: ignore[no-untyped-def]
         tokens, heads, _ = q.shape
         kv_heads, dims = cache.keys.shape[1], cache.value_dim

@@ -54,12 +54,12 @@ _LINE = 8  # int64 in a cache line, which two counters had better not share
 class Kernel:
     """A compiled function of ``(…, part, parts)``."""
 
-    def __init__(self, function: Callable[..., None], key: str, kept: bool) -> None:
+    def __init__(self, function: Callable[..., None], key: str, kept: bool, stable: bool) -> None:
         self.name = "-".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
         self.thunks: dict[types.Type, Any] = {}
         """The compiled code for each tuple of arguments' types that there were."""
         self._body, self._kept = generated(key)(function), kept
-        self._bind = compiled(self.name, kept)(_bind)
+        self._bind = compiled(self.name, kept and stable)(_bind)
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -94,9 +94,17 @@ class Kernel:
         return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
 
-def kernel(key: str = "", kept: bool = True) -> Callable[[Callable[..., None]], Kernel]:
-    """Make a kernel of a function; `key` is what it was generated for, see `compiled`."""
-    return lambda function: Kernel(function, key, kept)
+def kernel(key: str = "", *, kept: bool = True, stable: bool = True) -> Callable[[Callable[..., None]], Kernel]:
+    """Make a kernel of a function.
+
+    Parameters
+    ----------
+    key, kept
+        What it was generated for, and whether it is kept on disk: see `compiled`.
+    stable : bool
+        Whether the classes of its arguments are the same in all processes.
+    """
+    return lambda function: Kernel(function, key, kept, stable)
 
 
 @numba.njit

@@ -7,19 +7,16 @@ that the compiler makes nothing of.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-import re
 from collections.abc import Callable
-from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import float32, int32, int64, uint32
 
 from qattn.cuda import ptx
 from qattn.cuda.kernel import device
 from qattn.logits import Logits
+from qattn.masks import mask_key
 
 LOG2E = 1.4426950408889634
 HIDDEN = -1e30  # below every score; finite, so that a row without any visible key gives 0, not NaN
@@ -162,30 +159,6 @@ def _method(mask: Any, name: str, arguments: str) -> Callable[..., Any]:
     scope = {"mask": mask, "method": device(getattr(mask, name))}
     exec(f"def {name}(given, {arguments}):\n    return method({instance}{arguments})", scope)
     return device(scope[name])  # type: ignore[no-any-return]
-
-
-@functools.cache
-def mask_key(mask: Any) -> str:
-    """A name for the kernels of a mask.  One that is not ours may change: its name tells what it does, too."""
-    name = re.sub(r"\W+", "_", f"{mask.__module__}.{mask.__qualname__}")
-    if mask.__module__.startswith("qattn.masks."):
-        return name.rsplit("_", 1)[-1]
-    methods = [getattr(mask, method) for method in ("bounds", "sees") if hasattr(mask, method)]
-    told = repr((mask._fields, [_meaning(method, ()) for method in methods]))
-    return f"{name[-80:]}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
-
-
-def _meaning(value: Any, within: tuple[Any, ...]) -> Any:
-    """What decides how a function, or a value that it refers to, is compiled."""
-    value = getattr(value, "py_func", value)
-    if isinstance(value, np.ndarray):
-        return value.dtype.str, value.shape, value.tobytes()
-    if not isinstance(value, FunctionType) or value in within:
-        return value.__name__ if isinstance(value, (FunctionType, ModuleType)) else repr(value)
-    code, within = value.__code__, (*within, value)
-    named = [value.__globals__[name] for name in code.co_names if name in value.__globals__]
-    cells = [cell.cell_contents for cell in value.__closure__ or ()]
-    return code.co_code, code.co_consts, code.co_names, [_meaning(each, within) for each in (*named, *cells)]
 
 
 # --------------------------------------------------------------------------------------------------------- scores

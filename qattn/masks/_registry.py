@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
-import itertools
 import operator
 import pkgutil
 from collections import namedtuple
@@ -15,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from qattn import _check
+from qattn.masks._key import digest
 
 
 class Mask(Protocol):
@@ -146,7 +146,7 @@ def from_function(
     members = {
         "__doc__": f"The mask of {sees.__qualname__}.",
         "__module__": sees.__module__ or "__main__",  # code that was run by exec has none
-        "__qualname__": f"{sees.__qualname__}.{next(_functions)}",  # kernels are kept by the names of their masks
+        "__qualname__": f"{sees.__qualname__}.{digest(sees, bounds)}",  # for kernels are told apart by names
         "sees": staticmethod(sees),
         "bounds": staticmethod(bounds or _all_keys),
     }
@@ -175,7 +175,6 @@ def visible(mask: Mask, queries: np.ndarray[Any, Any], keys: np.ndarray[Any, Any
     return seen
 
 
-_functions = itertools.count()
 _made: dict[Any, Mask] = {}  # so that a function is compiled once
 
 
