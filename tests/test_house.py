@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; a file imports from its own floor or from those below.
 FLOORS = [
     ("errors", "_changes"),
-    ("_check", "_backend", "_index", "_cache", "layout", "batch", "devices", "logits", "cache_types"),
+    ("_check", "_backend", "_index", "_cache", "_meaning", "layout", "batch", "devices", "logits", "cache_types"),
     ("formats", "masks"),
     ("rope",),
     ("cpu", "cuda"),
@@ -79,6 +79,7 @@ def test_kernels_know_no_format_mask_or_layer(path):
         "qattn.cache_types",
         "qattn.devices",
         "qattn._cache",
+        "qattn._meaning",
     )
     for module in imports(path):
         assert not module.startswith("qattn.") or module.startswith(known), module

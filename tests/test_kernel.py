@@ -70,7 +70,7 @@ def test_a_recording_is_that_of_its_thread():
 
 @pytest.mark.parametrize("parts", [2, 5])
 def test_a_kernel_that_fails_raises_and_stops_nobody(parts):
-    with pytest.raises(MemoryError, match="a kernel found no memory"):
+    with pytest.raises(ValueError):  # its own error, from whichever thread
         fail(np.zeros(1), parts=parts)
     done = np.zeros(9, np.int64)
     count(done, parts=4)

@@ -169,6 +169,17 @@ def test_a_failing_step_leaves_no_tokens():
     assert all(np.array_equal(a, b) for a, b in zip(attn.kv_cache.read(), (keys, values), strict=True))
 
 
+def test_what_a_mask_function_raises_reaches_the_caller():
+    def fails(query, key):
+        if key == 700:
+            raise KeyError("key 700")
+        return True
+
+    q, k = normal((1, 2, 16)), normal((2000, 2, 16))
+    with pytest.raises(KeyError, match="key 700"):
+        qattn.attention(q, k, k, mask=masks.from_function(fails))  # in parts
+
+
 def test_edits_let_no_page_of_a_window_go():
     """What an edit needs, or a truncation after it, is what was there before."""
     cache, flat = PagedKVCache(PARAMS, pages=8, window=150), KVCache(PARAMS)

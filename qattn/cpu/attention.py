@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from qattn._meaning import is_ours, mask_key
 from qattn.cache_types import BLOCK
 from qattn.cpu import attend_sides, attend_tiles
 from qattn.cpu._jit import generated
@@ -33,7 +34,6 @@ from qattn.cpu.attend_tiles import Storage as Storage
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES
 from qattn.cpu.target import TARGET
-from qattn.masks import is_ours, mask_key
 
 _ROWS = 96  # query rows that share one pass over the keys
 SPLIT = 512  # keys per job when a single token attends: small enough to occupy all threads, whatever their number

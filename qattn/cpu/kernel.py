@@ -73,7 +73,7 @@ class Kernel:
             there = memory.ctypes.data
         thunk = self._bind(there, 0, *args) or self._bind(there, self._compile(args), *args)
         if program is None and parts == 1:
-            _check(_run_alone(thunk, there))
+            _run_part(thunk, there, 0, 1)
             return
         begin, size = (0, 0) if streams is None else (streams.ctypes.data, streams.nbytes)
         call = np.array([[thunk, there, parts, begin, size]], np.int64)
@@ -208,18 +208,17 @@ def _run(calls: np.ndarray, threads: int) -> None:
         _work(calls, state, 0)
     else:
         _pool.run(calls, state)
-    _check(state[0, 0, 0])
-
-
-def _check(failed: Any) -> None:
+    failed, i, part, _ = state[0, 0, :4].tolist()
     if failed:
+        thunk, arguments, parts, *_ = calls[i].tolist()
+        _run_part(thunk, arguments, part, parts)  # tells what is wrong, if a function that kernels were given raises it
         raise MemoryError("a kernel found no memory for its intermediate results")
 
 
 @compiled(_nrt=False)
-def _run_alone(thunk, arguments):  # type: ignore[no-untyped-def]
-    """Do all of a call in this thread → whether it failed."""
-    return _call(thunk, arguments, 0, 1)
+def _run_part(thunk, arguments, part, parts):  # type: ignore[no-untyped-def]
+    """Do one part of a call in this thread, and raise what it raises."""
+    _call_or_raise(thunk, arguments, part, parts)
 
 
 @compiled(_nrt=False)
@@ -240,7 +239,7 @@ def _work(calls, state, me):  # type: ignore[no-untyped-def]
                 if turn >= len(theirs):
                     break
                 if _call(calls[i, 0], calls[i, 1], theirs.start + turn, parts):
-                    state[0, 0, 0] = 1
+                    state[0, 0, 1], state[0, 0, 2], state[0, 0, 0] = i, theirs.start + turn, 1
                 _add_one(done)
         _wait(done, parts, calls[i + 1 :], me, threads)
 
@@ -405,15 +404,32 @@ def _without_owners(context: Any, builder: ir.IRBuilder, type_: types.Type, valu
     return value
 
 
+def _called(context: Any, builder: ir.IRBuilder, args: Any) -> Any:
+    """How a call of the thunk at an address ended."""
+    function_type = context.call_conv.get_function_type(types.none, _THUNK)
+    function = builder.inttoptr(args[0], function_type.as_pointer())
+    status, _ = context.call_conv.call_function(builder, function, types.none, _THUNK, args[1:])
+    return status
+
+
 @intrinsic
 def _call(typing_context: Any, address: Any, memory: Any, part: Any, parts: Any) -> Any:
     """Call the thunk at an address → whether it failed."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        convention = context.call_conv
-        function_type = convention.get_function_type(types.none, _THUNK)
-        function = builder.inttoptr(args[0], function_type.as_pointer())
-        status, _ = convention.call_function(builder, function, types.none, _THUNK, args[1:])
-        return status.is_error
+        return _called(context, builder, args).is_error
 
     return types.boolean(types.int64, *_THUNK), codegen
+
+
+@intrinsic
+def _call_or_raise(typing_context: Any, address: Any, memory: Any, part: Any, parts: Any) -> Any:
+    """Call the thunk at an address, and raise what it raises."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        status = _called(context, builder, args)
+        with builder.if_then(status.is_error, likely=False):
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, *_THUNK), codegen

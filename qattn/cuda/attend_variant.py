@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from numba import float32, int32, int64, uint32
 
+from qattn._meaning import mask_key
 from qattn.cuda import ptx
 from qattn.cuda.kernel import device
 from qattn.logits import Logits
-from qattn.masks import mask_key
 
 LOG2E = 1.4426950408889634
 HIDDEN = -1e30  # below every score; finite, so that a row without any visible key gives 0, not NaN

@@ -1,7 +1,5 @@
 """Attention masks: which keys a query sees.  One class per file; a file that is added is found."""
 
-from qattn.masks._key import is_ours as is_ours
-from qattn.masks._key import mask_key as mask_key
 from qattn.masks._registry import Mask as Mask
 from qattn.masks._registry import MHAMaskVariant as MHAMaskVariant
 from qattn.masks._registry import from_function as from_function

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from qattn import _check
-from qattn.masks._key import digest
+from qattn._meaning import digest
 
 
 class Mask(Protocol):

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qattn import masks
+from qattn._meaning import mask_key
 from qattn.cuda import attend_decode, attend_exact, attend_prefill
 from qattn.cuda.attend_variant import Given, Variant
 from qattn.cuda.attention import Plan
-from qattn.masks import mask_key
 from qattn.masks.causal import Causal
 from qattn.masks.null import Null
 from tests.cuda.cases import MASKS, NMSE, OPTIONS, Before, Case, Strided, decode, storage_of
