@@ -79,11 +79,10 @@ def block_size(remaining: int) -> int:
     return BLOCKS[-1]
 
 
-@numba.njit
 def padded_rows(rows: int) -> int:
     """Rows of all blocks together."""
     full = rows // TARGET.rows * TARGET.rows
-    return full + (block_size(rows - full) if rows > full else 0)
+    return full + (block_size.py_func(rows - full) if rows > full else 0)
 
 
 @micro_kernel
