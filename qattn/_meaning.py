@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -31,16 +32,34 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(repr([_meaning(value, ()) for value in values]).encode()).hexdigest()[:12]
 
 
-def _meaning(value: Any, within: tuple[Any, ...]) -> Any:
-    """What decides how a function, or a value that it refers to, is compiled."""
-    value = getattr(value, "py_func", value)
+def _meaning(value: Any, within: tuple[Any, ...], names: tuple[str, ...] = ()) -> Any:
+    """What decides how a function, or a value that it refers to, is compiled; of a module, what has these names."""
+    dispatcher, value = hasattr(value, "py_func"), getattr(value, "py_func", value)
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
-    if isinstance(value, CodeType):
-        return value.co_code, [_meaning(each, within) for each in value.co_consts], value.co_names
-    if not isinstance(value, FunctionType) or value in within:
-        return value.__name__ if isinstance(value, (FunctionType, ModuleType)) else repr(value)
-    code, within = value.__code__, (*within, value)
-    named = [value.__globals__[name] for name in code.co_names if name in value.__globals__]
-    cells = [cell.cell_contents for cell in value.__closure__ or ()]
-    return _meaning(code, within), [_meaning(each, within) for each in (*named, *cells)]
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, [_meaning(each, within) for each in value]
+    if isinstance(value, ModuleType):
+        if value in within:
+            return value.__name__
+        found = [getattr(value, name) for name in names if hasattr(value, name)]
+        return value.__name__, [_meaning(each, (*within, value), names) for each in found]
+    if not isinstance(value, FunctionType):
+        return f"{value.__module__}.{value.__name__}" if callable(value) and hasattr(value, "__name__") else repr(value)
+    if value in within or (within and isinstance(within[-1], ModuleType) and not dispatcher):
+        return f"{value.__module__}.{value.__qualname__}"
+    within, codes = (*within, value), list(_codes(value.__code__))
+    names = tuple(name for code in codes for name in code.co_names)
+    held = [value.__globals__[name] for name in names if name in value.__globals__]
+    held += [cell.cell_contents for cell in value.__closure__ or ()]
+    held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    plain = [(code.co_code, [each for each in code.co_consts if not isinstance(each, CodeType)]) for code in codes]
+    return repr(plain), names, [_meaning(each, within, names) for each in held]
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function, and of those that it makes."""
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _codes(each)

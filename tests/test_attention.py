@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import qattn
 from qattn import masks
+from qattn._meaning import digest
 from tests import reference
 from tests.reference import nmse
 from tests.strategies import Heads, heads, normal, visible, windows
@@ -79,6 +80,20 @@ def test_a_mask_may_be_a_function():
     near = np.array([[key % 2 == 0 and query - 9 <= key <= query for key in range(700)] for query in range(670, 700)])
     want, _ = reference.attention(q, k, v, 0.25, near)
     assert nmse(qattn.attention(q, k, v, mask=bounded), want) < EXACT_NMSE
+
+
+def test_masks_that_differ_in_a_default_or_in_a_module_are_two():
+    """Kernels are told apart by what masks do."""
+    known, sees = [], lambda query, key: (query - key) % reference.STEP == 0
+    q = qkv(Heads(1, 1, 8, 8), 6, 6)
+    for n in (2, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "STEP", n, raising=False)
+            known.append(digest(sees))
+        mask = masks.from_function(lambda query, key, n=n: (query - key) % n == 0)
+        want, _ = reference.attention(*q, 8**-0.5, masks.visible(mask, *[np.arange(6)] * 2))
+        assert nmse(qattn.attention(*q, mask=mask), want) < EXACT_NMSE
+    assert known[0] != known[1]
 
 
 @settings(max_examples=25)

@@ -62,7 +62,7 @@ class Activations(NamedTuple):
 
     @classmethod
     def exact_room(cls, rows: int, columns: int, group: int, *, copies: tuple[int, ...] = ()) -> Activations:
-        """Scratch for float32 activations; no sums if `group` is 0."""
+        """Scratch for float32 activations, likewise; no sums if `group` is 0."""
         size = padded_rows(rows) * columns
         levels = scratch("floats", (*copies, size))
         sums = scratch("sums of floats", (*copies, size // group if group else 0))
