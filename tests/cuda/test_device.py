@@ -273,3 +273,14 @@ def test_a_decoder_of_another_architecture_gives_the_same_on_a_gpu(cupy, tmp_pat
     there, here = (Decoder.from_gguf(path, device=device, precision="exact") for device in ("cuda:0", "cpu"))
     for tokens in (range(1, tiny_model.WINDOW + 3), [20], [21]):
         assert nmse(there.forward(list(tokens)), here.forward(list(tokens))) < 1e-9
+
+
+def test_a_recorded_step_on_a_gpu_goes_on_to_the_next_page_of_a_window(cupy, tmp_path):
+    path = tiny_model.write(tmp_path / "tiny.gguf", architecture="gemma3")
+    options = {"precision": "exact", "max_length": 300}
+    there = Decoder.from_gguf(path, device="cuda:0", window_caches=True, **options)
+    here, tokens = Decoder.from_gguf(path, **options), np.arange(131) % 200
+    for piece in (tokens[:125], *tokens[125:, None]):
+        assert nmse(there.forward(piece), here.forward(piece)) < 1e-9
+    local = there.layers[0].attention.kv_cache
+    assert there._step.program is not None and local.free_pages == local.pages - 2
