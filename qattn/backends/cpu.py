@@ -22,7 +22,7 @@ from qattn.cpu.kernel import is_recording
 from qattn.cpu.scratch import scratch as scratch
 from qattn.cpu.target import TARGET
 from qattn.cpu.threads import get_num_threads
-from qattn.layout import CELL
+from qattn.layout import CELL, Layout
 from qattn.logits import Logits
 from qattn.packing import PackedMatrix, Part, part_values
 from qattn.rope import Rotation
@@ -48,12 +48,10 @@ def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
         floats, group = layout.bits >= 16, min(layout.group, CELL)
         key = "floats" if floats else (group, 0 if exact else layout.zero)
         if key != last:
-            last = key
+            last, prepared = key, _room(layout, exact, *x.shape)
             if floats or exact:
-                prepared = Activations.exact_room(len(x), x.shape[1], 0 if floats else group)
                 arrange(x, 0 if floats else group, prepared, parts=_parts_of(len(x)))
             else:
-                prepared = Activations.room(len(x), x.shape[1], group)
                 quantize(layout.zero, group)(x, prepared, parts=_parts_of(len(x), TARGET.rows))
         work = part.packed.codes.nbytes * -(-len(x) // TARGET.rows)
         each = _PARTS_FEW if len(x) <= TARGET.rows else _PARTS_MANY
@@ -67,15 +65,18 @@ def multiply_each(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> No
     matrix : `divisible`, (heads · rows, columns)
     """
     (part,), (tokens, heads, columns) = matrix.parts, x.shape
-    layout = part.layout
-    floats, group = layout.bits >= 16, min(layout.group, CELL)
     parts = min(heads, _PARTS_FEW * get_num_threads())
-    if floats or exact:
-        room = Activations.exact_room(tokens, columns, 0 if floats else group, copies=(parts,))
-    else:
-        room = Activations.room(tokens, columns, group, copies=(parts,))
-    run = cpu_matmul.product_each(layout, exact)
+    room = _room(part.layout, exact, tokens, columns, copies=(parts,))
+    run = cpu_matmul.product_each(part.layout, exact)
     run(part.packed, heads, x.reshape(tokens, -1), room, out.reshape(tokens, -1), parts=parts)
+
+
+def _room(layout: Layout, exact: bool, rows: int, columns: int, copies: tuple[int, ...] = ()) -> Activations:
+    """Room for activations that weights of a layout are multiplied by."""
+    floats, group = layout.bits >= 16, min(layout.group, CELL)
+    if floats or exact:
+        return Activations.exact_room(rows, columns, 0 if floats else group, copies=copies)
+    return Activations.room(rows, columns, group, copies=copies)
 
 
 _ALONE = 1 << 20  # bytes of weights that one thread has read before another, unless it runs already, is worth waking
