@@ -187,7 +187,9 @@ def _layout(fmt: formats.Format) -> tuple[Layout, Array]:
         zero, largest = fmt.zero, 2**fmt.bits - 1
         signed = wants_signed(fmt.bits, largest)
     stepped = fmt.step is not None
-    base = "f32" if stepped else "f16" if fmt.scale_type == "f16" else "bf16"
+    base = "f16" if fmt.scale_type == "f16" else "bf16"
+    if not {fmt.scale_unit, fmt.offset_unit} <= {1.0, -1.0}:  # a small float16 times a smaller unit is none
+        base = "f32"
     layout = Layout(
         bits=fmt.bits,
         table=fmt.table is not None,
