@@ -85,7 +85,7 @@ class Kernel:
         """Where the PTX lies."""
         path = Path(_ptx_directory(), f"{self.name}.ptx")
         if not path.exists():
-            _cache.write(path, _renamed(self._compile(), self.name))
+            _cache.write(path, _tidied(self._compile(), self.name))
         return path
 
     @property
@@ -183,13 +183,16 @@ def _no_gpu_asked() -> Iterator[None]:
 _compiling = threading.RLock()
 
 
-def _renamed(ptx: str, name: str) -> str:
-    """PTX with a readable name instead of the mangled one of its only entry."""
+def _tidied(ptx: str, name: str) -> str:
+    """PTX that depends on the kernel alone: its entry has a readable name, and nothing is numbered by a process."""
     found = re.search(r"\.visible \.entry (\w+)\(", ptx)
     if found is None:
         raise RuntimeError(f"Numba made no kernel of {name}")
+    ptx = re.sub(r"^\.common .*NumbaEnv.*\n", "", ptx.replace(found[1], name), flags=re.MULTILINE)  # which nobody reads
+    arrays: dict[str, str] = {}
+    ptx = re.sub(r"_cudapy_smem_\d+", lambda array: arrays.setdefault(array[0], f"shared_{len(arrays)}"), ptx)
     # Nothing in it is newer than 7.1, and drivers refuse versions that are newer than they.
-    return re.sub(r"^\.version .*", ".version 7.1", ptx.replace(found[1], name), flags=re.MULTILINE)
+    return re.sub(r"^\.version .*", ".version 7.1", ptx, flags=re.MULTILINE)
 
 
 @functools.cache

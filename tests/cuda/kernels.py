@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from unittest import mock
 
-from qattn import cache_types, formats
+from qattn import cache_types, formats, packing
 from qattn.cuda import (
     activations,
     attend_decode,
@@ -24,23 +24,12 @@ from qattn.cuda import (
 from qattn.cuda.attend_variant import Storage, Variant
 from qattn.cuda.kernel import Kernel
 from qattn.masks.causal import Causal
-from qattn.packing import layout_of
-
-
-class Strided(NamedTuple):
-    """A query sees every `stride`-th key before it."""
-
-    stride: int
-
-    def bounds(self, query: int, keys: int) -> tuple[int, int]:
-        return 0, query + 1
-
-    def sees(self, query: int, key: int) -> bool:
-        return (query - key) % self.stride == 0
-
+from tests.cuda.cases import Strided
 
 BLOCK_FORMATS = [formats.get(name) for name in formats.names() if not formats.get(name).is_float]
-LAYOUTS = list(dict.fromkeys(layout_of(format) for format in BLOCK_FORMATS))
+with mock.patch.object(packing, "wants_signed", return_value=False):  # whatever this host's CPU wants
+    LAYOUT_OF = {format: packing.layout_of(format) for format in BLOCK_FORMATS}
+LAYOUTS = list(dict.fromkeys(LAYOUT_OF.values()))
 CODES = [type_.kind for type_ in cache_types.TYPES if type_.bits <= 8]
 PLAIN = Variant(Causal)
 FULL = Variant(Strided, cap=True, slopes=True, sinks=True, bias=True, distances=True, paged=True)
@@ -52,11 +41,12 @@ def all_kernels() -> Iterator[Kernel]:
     for kind in ("f32", "f16", "bf16"):
         chosen = BLOCK_FORMATS if kind == "f16" else SOME
         yield from (dequantize.blocks_kernel(format, kind) for format in chosen)
-        yield from (unpack.unpack_kernel(layout, kind) for layout in dict.fromkeys(map(layout_of, chosen)))
+        yield from (unpack.unpack_kernel(layout, kind) for layout in dict.fromkeys(map(LAYOUT_OF.__getitem__, chosen)))
         yield from (attend_exact.exact_kernel(Storage(kind, kind), PLAIN), rope.store_kernel(Storage(kind, kind)))
     for layout in LAYOUTS:
-        yield from (matmul.decode_kernel(layout, tokens) for tokens in (1, 8, 16))
+        yield from (matmul.decode_kernel(layout, tokens) for tokens in (1, 16))
         yield from (matmul.prefill_kernel(layout), matmul_exact.exact_kernel(layout))
+    yield from (matmul.decode_kernel(LAYOUT_OF[format], 8) for format in SOME)
     for zero, groups in dict.fromkeys((layout.zero, max(1, 32 // layout.group)) for layout in LAYOUTS):
         yield activations.quantize_kernel(zero, groups)
     for kind in ("f16", "bf16"):
