@@ -44,6 +44,13 @@ class Layout(NamedTuple):
     signed: bool = False
     """Codes of 8 bits are signed, since the machine's dot product wants them so."""
 
+    @property
+    def largest(self) -> int:
+        """The largest byte that codes stand for, or the largest magnitude of signed ones."""
+        if self.signed:
+            return 128
+        return 2 * self.zero if self.table else (1 << self.bits) - 1  # tables reach further down than up
+
     def name(self) -> str:
         """A name for caches, unique and fit for a file."""
         return "-".join(str(int(field) if isinstance(field, bool) else field) for field in self)

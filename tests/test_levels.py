@@ -48,6 +48,13 @@ def test_products_and_attention_hold_at_every_level(level):
     assert code == 0, output[-3000:]
 
 
+@x86
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_little_language_holds_at_every_level(level):
+    code, output = run("-m", "pytest", "-q", "-x", "tests/test_simd.py", **LEVELS[level])
+    assert code == 0, output[-3000:]
+
+
 CODE = """
 import numpy as np, qattn
 from qattn.backends import cpu

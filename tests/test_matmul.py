@@ -143,3 +143,12 @@ def test_errors_name_what_came_and_what_was_needed():
         qattn.set_num_threads(0)
     with pytest.raises(ValueError, match=r"weights have shape \(3,\)"):
         qattn.PackedMatrix(np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_a_layout_knows_the_largest_byte_of_its_codes(name):
+    """Sums of products are kept short by it."""
+    ((_, layout, packed),) = qattn.PackedMatrix(random_weights(name, 16, 256)).parts
+    bytes_ = packed.table if layout.table else np.arange(1 << layout.bits)
+    largest = np.abs(bytes_.astype(np.uint8).view(np.int8).astype(int)) if layout.signed else bytes_
+    assert largest.max() <= layout.largest

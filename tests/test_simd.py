@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qattn.cpu.simd import LANES, micro_kernel
+from qattn.cpu.dots import Dots
+from qattn.cpu.simd import LANES, MAX_CODE, micro_kernel
 
 
 def vector_function(body):
@@ -67,3 +68,32 @@ def test_bfloat16_is_rounded_to_the_nearest_even(x):
     word = x.view(np.uint32).astype(np.uint64)
     want = ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).astype(np.uint16)
     np.testing.assert_array_equal(to_bf16(x, np.uint16), want)
+
+
+@pytest.mark.parametrize(
+    ("largest", "signed", "x"),
+    [(1, False, 127), (15, False, 127), (31, False, 127), (63, False, 127), (MAX_CODE, False, 128), (128, True, 127),
+     (MAX_CODE, False, 8)],
+)  # fmt: skip
+def test_sums_of_the_largest_bytes_are_exact(largest, signed, x):
+    """However a machine adds products up, also where they are all alike; rows may have different numbers of them."""
+
+    @micro_kernel
+    def run(e, codes, levels, out):
+        dots = Dots(e, [e.constant(start, e.I32V) for start in (1000, -7)], 17, largest, signed, x)
+        for quad in range(17):
+            for row in range(2 if quad < 5 else 1):
+                dots.add(row, codes.load(e.U8), levels.at(64 * row).load(e.U8))
+        for row in range(2):
+            out.at(64 * row).store(dots.total(row))
+
+    @numba.njit
+    def call(codes, levels, out):
+        run((codes, levels, out))
+
+    codes, out = np.full(64, -largest if signed else largest).astype(np.uint8), np.zeros((2, LANES), np.int32)
+    levels = np.repeat(np.array([[x if x < 128 else -x], [-x]], np.int64), 64, axis=1).astype(np.int8)
+    call(codes, levels, out)
+    code = -largest if signed else largest
+    assert (out[0] == 1000 + 17 * 4 * code * int(levels[0, 0])).all()
+    assert (out[1] == -7 + 5 * 4 * code * -x).all()

@@ -28,6 +28,7 @@ from typing import Any
 from qattn.cache_types import CacheType
 from qattn.cpu.activations import round_cell
 from qattn.cpu.attend_tiles import AHEAD, KEY_BLOCK, Storage
+from qattn.cpu.dots import Dots
 from qattn.cpu.planes import quad_codes
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
@@ -84,12 +85,22 @@ def _bias(type_: CacheType) -> int:
 
 def _signed(type_: CacheType) -> bool:
     """Whether keys are multiplied as signed levels, since unsigned ones would be too large for the machine."""
-    return (255 if type_.table else (1 << type_.bits) - 1) > MAX_CODE
+    return _largest(type_) > MAX_CODE
+
+
+def _largest(type_: CacheType) -> int:
+    """The largest byte that `_Cell.biased` gives."""
+    return 255 if type_.table else (1 << type_.bits) - 1
 
 
 def _middle(type_: CacheType) -> int:
     """What is subtracted from the codes of values, so that errors of rounded weights meet small levels."""
     return 1 << (type_.bits - 1) if type_.offset else type_.zero
+
+
+def _far(type_: CacheType) -> int:
+    """The largest magnitude of a value's level, counted from the middle."""
+    return 128 if type_.table else 1 << (type_.bits - 1)
 
 
 def _floats(e: Emitter, there: Pointer) -> Value:
@@ -140,7 +151,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
             def word(w: int, m: int, at: Pointer = at) -> Pointer:
                 return at.at(4 * (w * rows + m))
 
-            integers = [word(9, m).load(e.I32).splat(e.I32V) for m in range(rows)]
+            dots = Dots(e, [word(9, m).load(e.I32).splat(e.I32V) for m in range(rows)], 8, _largest(type_), signed)
             for quad in range(8):
                 if rows < TARGET.rows and quad % (8 // lines) == 0:  # memory binds
                     line = 64 * (quad // (8 // lines))
@@ -148,11 +159,11 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
                 code = cell.levels(quad) if signed else cell.biased(quad)
                 for m in range(rows):
                     part = word(quad, m).load(e.I32).splat(e.I32V)
-                    integers[m] = (e.dot4_signed if signed else e.dot4)(integers[m], code, part)
+                    dots.add(m, code, part)
             there = keys.at(cells * size + k * SCALES)
             scale = _floats(e, there)
             for m in range(rows):
-                product = integers[m].to(e.F32) * scale
+                product = dots.total(m).to(e.F32) * scale
                 total = e.fma(product, word(8, m).load(e.F32S).splat(e.F32), totals[m].get())
                 if type_.offset:
                     offset = _floats(e, there.at(cells * SCALES))
@@ -257,7 +268,7 @@ def values_kernel(storage: Storage, rows: int) -> Any:
         with e.loop(tiles) as tile:
             cell, at = _Cell(e, type_, codes.at(tile * tile_bytes)), rounded.at(tile * LANES)
             signs = scales.at(tile * tile_bytes).load(e.I16V).shift_signed(15).to(e.I8V).bits(e.QUADS)
-            integers = [[register.get() for register in half] for half in sums]
+            dots = [Dots(e, [sum_.get() for sum_ in half], 4, MAX_CODE, x=_far(type_)) for half in sums]
             for quad in range(4):
                 for line in range(lines // 2 + quad, lines if rows < TARGET.rows else 0, 4):  # memory binds
                     e.prefetch(codes.at(tile * tile_bytes + 64 * line).at(ahead), near=False)
@@ -268,10 +279,10 @@ def values_kernel(storage: Storage, rows: int) -> Any:
                 for m in range(rows):
                     weight = at.at(m * KEY_BLOCK + 4 * quad).load(e.I32).splat(e.I32V)
                     for half in range(2):
-                        integers[half][m] = e.dot4(integers[half][m], weight, levels[half])
+                        dots[half].add(m, weight, levels[half])
             for half in range(2):
                 for m in range(rows):
-                    sums[half][m].set(integers[half][m])
+                    sums[half][m].set(dots[half].total(m))
         for m in range(rows):
             factor, unit, constant = (a.at(4 * m).load(e.F32S).splat(e.F32) for a in (factors, units, constants))
             for half in range(2):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
+from qattn.cpu.language import Language
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value
 
 Array = np.ndarray[Any, Any]
@@ -42,7 +43,7 @@ class _Indices(np.ndarray):
 class _Integers(Value):
     """16 int32 of which so many neighbours, from the first on, are `alike`."""
 
-    def __init__(self, e: Emitter, value: ir.Value, alike: int) -> None:
+    def __init__(self, e: Language, value: ir.Value, alike: int) -> None:
         super().__init__(e, value)
         self.alike = alike
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from qattn.cpu._jit import generated
 from qattn.cpu.activations import BLOCKS, Activations, arrange_rows, block_filler, block_size
+from qattn.cpu.dots import Dots
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.planes import quad_codes
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
@@ -92,7 +93,7 @@ def _load_float(e: Emitter, array: Pointer, index: Value, kind: str) -> Value:
 def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
     """`rows` rows of int8 activations times one tile, into a (rows, 16) float32 buffer."""
     parts = max(1, CELL // layout.group)
-    dot = Emitter.dot4_signed if layout.signed else Emitter.dot4
+    quads = 8 // parts  # of a part of a cell
 
     @micro_kernel
     def run(e, *arguments):  # type: ignore[no-untyped-def]
@@ -107,17 +108,20 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
             products = [zeros] * rows
             for part in range(parts):
                 group_at = (slot * parts + part) * (4 * rows)
-                integers = [e.constant(0, e.I32V)] * rows
+                first = [e.constant(0, e.I32V)] * rows
                 if layout.zero:
-                    integers = [starts.at(group_at).at(4 * m).load(e.I32).splat(e.I32V) for m in range(rows)]
-                for quad in range(8 // parts * part, 8 // parts * (part + 1)):
-                    code = weights.codes(quad)
+                    first = [starts.at(group_at).at(4 * m).load(e.I32).splat(e.I32V) for m in range(rows)]
+                dots = Dots(e, first, quads, layout.largest, layout.signed)
+                for quad in range(quads * part, quads * (part + 1), dots.together):
+                    codes = [weights.codes(quad + i) for i in range(dots.together)]
                     for m in range(rows):
-                        quad_x = cell_x.at(4 * (quad * rows + m)).load(e.I32).splat(e.I32V)
-                        integers[m] = dot(e, integers[m], code, quad_x)
+                        for i, code in enumerate(codes):
+                            quad_x = cell_x.at(4 * ((quad + i) * rows + m)).load(e.I32).splat(e.I32V)
+                            dots.add(m, code, quad_x)
+                    dots.settle()
                 scale = weights.scale(part)
                 for m in range(rows):
-                    product = integers[m].to(e.F32)
+                    product = dots.total(m).to(e.F32)
                     products[m] = e.fma(product, scale, products[m]) if part else product * scale
                 if layout.offset:
                     offset = weights.offset(part)

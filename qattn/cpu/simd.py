@@ -14,287 +14,45 @@ operation on a `Value` appends one LLVM instruction::
 
 So Python's own ``for`` is unrolled at compile time, a Python list of values is a set of registers, and ``e.loop`` is
 the loop that runs.  A vector has 16 lanes of 32 bits (one AVX-512 register; LLVM splits it into two or four on smaller
-machines), and offsets are in bytes.  This file alone knows instruction sets: the dot products at its end take the
-instruction that the target has, and fall back to plain vector arithmetic.
+machines), and offsets are in bytes.  Values and what all machines have are in `qattn.cpu.language`.  This file alone
+knows instruction sets: its operations take the instruction that the target has, and fall back to plain arithmetic.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
+from qattn.cpu.language import LANES as LANES
+from qattn.cpu.language import BFloat, Language, vector
+from qattn.cpu.language import Pointer as Pointer
+from qattn.cpu.language import Value as Value
 from qattn.cpu.target import TARGET
 
-LANES = 16  # 32-bit lanes of one 512-bit register
-Lanes = np.ndarray[Any, Any]  # constants, one for each lane
+_I1, _I8, _I16, _I32 = (ir.IntType(bits) for bits in (1, 8, 16, 32))
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite does not have."""
+class Emitter(Language):
+    """Appends instructions to the function that Numba is compiling, as its target has them."""
 
-    null = "0.0"
-    intrinsic_name = "bf16"
+    def settled(self, values: list[Value]) -> list[Value]:
+        """The same vectors, once they are computed: what follows stays behind.
 
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash("bfloat")
-
-
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_F32 = ir.FloatType()
-
-
-def _vector(element: ir.Type, count: int = LANES) -> ir.VectorType:
-    return ir.VectorType(element, count)
-
-
-def _is_float(type_: ir.Type) -> bool:
-    return isinstance(getattr(type_, "element", type_), (ir.FloatType, ir.HalfType, ir.DoubleType))
-
-
-class Value:
-    """A scalar or a vector in flight, with Python's operators.  Integers are signed unless a method says otherwise."""
-
-    def __init__(self, emitter: Emitter, value: ir.Value) -> None:
-        self.e, self.ir = emitter, value
-
-    @property
-    def type(self) -> ir.Type:
-        return self.ir.type
-
-    def _binary(self, other: Value | int | float | Lanes, on_ints: str, on_floats: str | None = None) -> Value:
-        right = other if isinstance(other, Value) else self.e.constant(other, self.type)
-        name = on_floats if _is_float(self.type) else on_ints
-        if name is None:
-            raise TypeError(f"{on_ints} needs integers, not {self.type}")
-        return Value(self.e, getattr(self.e.builder, name)(self.ir, right.ir))
-
-    def __add__(self, other: Value | int | float) -> Value:
-        return self._binary(other, "add", "fadd")
-
-    def __sub__(self, other: Value | int | float) -> Value:
-        return self._binary(other, "sub", "fsub")
-
-    def __mul__(self, other: Value | int | float) -> Value:
-        return self._binary(other, "mul", "fmul")
-
-    def __truediv__(self, other: Value | int | float) -> Value:
-        return self._binary(other, "sdiv", "fdiv")
-
-    def __and__(self, other: Value | int) -> Value:
-        return self._binary(other, "and_")
-
-    def __or__(self, other: Value | int) -> Value:
-        return self._binary(other, "or_")
-
-    def __xor__(self, other: Value | int) -> Value:
-        return self._binary(other, "xor")
-
-    def __lshift__(self, other: int | Lanes) -> Value:
-        return self._binary(other, "shl") if np.any(other) else self
-
-    def __rshift__(self, other: int | Lanes) -> Value:
-        """Shift right, filling with zeros."""
-        return self._binary(other, "lshr") if np.any(other) else self
-
-    def shift_signed(self, other: int) -> Value:
-        """Shift right, filling with the sign."""
-        return self._binary(other, "ashr") if other else self
-
-    def compare(self, operator: str, other: Value | int | float) -> Value:
-        """A mask: `operator` is one of ``< <= > >= == !=``; signed on integers, ordered on floats."""
-        right = other if isinstance(other, Value) else self.e.constant(other, self.type)
-        emit = self.e.builder.fcmp_ordered if _is_float(self.type) else self.e.builder.icmp_signed
-        return Value(self.e, emit(operator, self.ir, right.ir))
-
-    def where(self, if_true: Value, if_false: Value) -> Value:
-        """Choose by this mask."""
-        return Value(self.e, self.e.builder.select(self.ir, if_true.ir, if_false.ir))
-
-    def bits(self, type_: ir.Type) -> Value:
-        """The same bits as another type of the same size."""
-        return Value(self.e, self.e.builder.bitcast(self.ir, type_))
-
-    def to(self, type_: ir.Type) -> Value:
-        """Convert: integers are signed, floats to integers truncate, widths change by extension or truncation."""
-        b, source = self.e.builder, self.type
-        if source == type_:
-            return self
-        wide = _width(type_) > _width(source)
-        if _is_float(source) and _is_float(type_):
-            converted = b.fpext(self.ir, type_) if wide else b.fptrunc(self.ir, type_)
-        elif _is_float(type_):
-            converted = b.sitofp(self.ir, type_)
-        elif _is_float(source):
-            converted = b.fptosi(self.ir, type_)
-        else:
-            converted = b.sext(self.ir, type_) if wide else b.trunc(self.ir, type_)
-        return Value(self.e, converted)
-
-    def zero_extend(self, type_: ir.Type) -> Value:
-        """Widen unsigned integers."""
-        return Value(self.e, self.e.builder.zext(self.ir, type_))
-
-    def splat(self, type_: ir.VectorType) -> Value:
-        """Every lane is this scalar."""
-        b = self.e.builder
-        first = b.insert_element(ir.Constant(type_, ir.Undefined), self.ir, _I32(0))
-        zeros = ir.Constant(_vector(_I32, type_.count), [0] * type_.count)
-        return Value(self.e, b.shuffle_vector(first, ir.Constant(type_, ir.Undefined), zeros))
-
-    def lanes(self, *index: int) -> Value:
-        """The lanes named, in that order."""
-        mask = ir.Constant(_vector(_I32, len(index)), list(index))
-        return Value(self.e, self.e.builder.shuffle_vector(self.ir, ir.Constant(self.type, ir.Undefined), mask))
-
-    def lane(self, index: int) -> Value:
-        """One lane, a scalar."""
-        return Value(self.e, self.e.builder.extract_element(self.ir, _I32(index)))
-
-    def with_lane(self, index: int, scalar: Value) -> Value:
-        """The same with another number in one lane."""
-        return Value(self.e, self.e.builder.insert_element(self.ir, scalar.ir, _I32(index)))
-
-    def joined(self, other: Value) -> Value:
-        """This vector's lanes, then the other's."""
-        mask = ir.Constant(_vector(_I32, 2 * self.type.count), list(range(2 * self.type.count)))
-        return Value(self.e, self.e.builder.shuffle_vector(self.ir, other.ir, mask))
-
-
-def _width(type_: ir.Type) -> int:
-    element = getattr(type_, "element", type_)
-    if isinstance(element, ir.IntType):
-        return int(element.width)
-    return {ir.HalfType: 16, _BFloat: 16, ir.FloatType: 32, ir.DoubleType: 64}[type(element)]
-
-
-class Pointer:
-    """An address; offsets are in bytes, and loads and stores may be unaligned."""
-
-    def __init__(self, emitter: Emitter, address: ir.Value) -> None:
-        self.e, self.ir = emitter, address
-
-    def at(self, offset: Value | int) -> Pointer:
-        if isinstance(offset, int):
-            if offset == 0:
-                return self
-            offset = self.e.constant(offset, _I64)
-        return Pointer(self.e, self.e.builder.gep(self.ir, [offset.ir]))
-
-    def load(self, type_: ir.Type) -> Value:
-        typed = self.e.builder.bitcast(self.ir, type_.as_pointer())
-        return Value(self.e, self.e.builder.load(typed, align=1))
-
-    def store(self, value: Value) -> None:
-        typed = self.e.builder.bitcast(self.ir, value.type.as_pointer())
-        self.e.builder.store(value.ir, typed, align=1)
-
-
-class Register:
-    """A variable that survives a loop.  LLVM keeps it in a machine register."""
-
-    def __init__(self, emitter: Emitter, initial: Value) -> None:
-        self.e = emitter
-        self._slot = cgutils.alloca_once(emitter.builder, initial.type)
-        self.set(initial)
-
-    def get(self) -> Value:
-        return Value(self.e, self.e.builder.load(self._slot))
-
-    def set(self, value: Value) -> None:
-        self.e.builder.store(value.ir, self._slot)
-
-
-class Emitter:
-    """Appends instructions to the function that Numba is compiling."""
-
-    I8, I16, I32, I64, F32S = _I8, _I16, _I32, _I64, _F32
-    U8 = _vector(_I8, 64)  # the 64 bytes of one register
-    I32V = _vector(_I32)
-    F32 = _vector(_F32)
-    I8V, I16V, F16 = _vector(_I8), _vector(_I16), _vector(ir.HalfType())
-    BF16_PAIRS = _vector(_BFloat(), 32)
-    QUADS, OCTET = _vector(_I32, 4), _vector(_I32, 8)
-
-    def __init__(self, builder: ir.IRBuilder) -> None:
-        self.builder = builder
-
-    def constant(self, value: int | float | list[int] | Lanes, type_: ir.Type) -> Value:
-        if isinstance(type_, ir.VectorType):
-            return Value(self, ir.Constant(type_, np.broadcast_to(value, type_.count).tolist()))
-        return Value(self, ir.Constant(type_, value))
-
-    def bytes(self, count: int) -> ir.VectorType:
-        """The type of so many bytes."""
-        return _vector(_I8, count)
-
-    def register(self, initial: Value) -> Register:
-        return Register(self, initial)
-
-    @contextlib.contextmanager
-    def loop(self, count: Value | int, start: Value | int = 0) -> Iterator[Value]:
-        """Run the body for index = start … count - 1 (int64)."""
-        begin, end = (x.ir if isinstance(x, Value) else _I64(x) for x in (start, count))
-        with cgutils.for_range(self.builder, end, start=begin, intp=_I64) as body:
-            yield Value(self, body.index)
-
-    def when(self, condition: Value) -> contextlib.AbstractContextManager[Any]:
-        """Run the body if a scalar condition holds."""
-        return self.builder.if_then(condition.ir)  # type: ignore[no-any-return]
-
-    def intrinsic(self, name: str, result: ir.Type, *args: Value, **call: Any) -> Value:
-        signature = ir.FunctionType(result, [arg.type for arg in args])
-        function = cgutils.get_or_insert_function(self.builder.module, signature, name)
-        return Value(self, self.builder.call(function, [arg.ir for arg in args], **call))
-
-    def prefetch(self, there: Pointer, near: bool = True) -> None:
-        """Ask for a cache line that will be read soon; an address past the end of an array does no harm.
-
-        Into the second-level cache unless `near`: there is room for more, and more can be asked for at once.
+        Where registers are few, LLVM would compute all that a row is multiplied by, spill it, and go row by row.
         """
-        zero, near_, data = (Value(self, _I32(i)) for i in (0, 3 if near else 2, 1))
-        self.intrinsic("llvm.prefetch.p0i8", ir.VoidType(), Value(self, there.ir), zero, near_, data)
-
-    def fma(self, a: Value, b: Value, c: Value) -> Value:
-        """a * b + c, rounded once."""
-        return self.intrinsic("llvm.fma.v16f32", self.F32, a, b, c)
-
-    def maximum(self, a: Value, b: Value) -> Value:
-        """The larger of each lane; b where either is NaN, as the machine's instruction has it."""
-        return a.compare(">", b).where(a, b)
-
-    def absolute(self, a: Value) -> Value:
-        return (a.bits(self.I32V) & 0x7FFFFFFF).bits(self.F32)
-
-    def rounded(self, a: Value) -> Value:
-        """The nearest integer, ties to even."""
-        return self.intrinsic("llvm.roundeven.v16f32", self.F32, a)
-
-    def sum(self, a: Value) -> Value:
-        """Add the lanes pairwise, always in the same order."""
-        while a.type.count > 1:
-            half = a.type.count // 2
-            a = a.lanes(*range(half)) + a.lanes(*range(half, 2 * half))
-        return a.lane(0)
-
-    def largest(self, a: Value) -> Value:
-        """The largest lane of a float vector."""
-        while a.type.count > 1:
-            half = a.type.count // 2
-            low, high = a.lanes(*range(half)), a.lanes(*range(half, 2 * half))
-            a = low.compare(">", high).where(low, high)
-        return a.lane(0)
+        if TARGET.level != "avx2":
+            return values
+        halves = [v.lanes(*range(i, i + v.type.count // 2)) for v in values for i in (0, v.type.count // 2)]
+        result = ir.LiteralStructType([half.type for half in halves])
+        constraint = ",".join(["=x"] * len(halves) + [str(i) for i in range(len(halves))])
+        asm = ir.InlineAsm(ir.FunctionType(result, list(result.elements)), "", constraint, side_effect=True)
+        both = self.builder.call(asm, [half.ir for half in halves])
+        halves = [Value(self, self.builder.extract_value(both, i)) for i in range(len(halves))]
+        return [low.joined(high) for low, high in zip(halves[::2], halves[1::2], strict=True)]
 
     def exp2(self, x: Value, degree: int = 5) -> Value:
         """2**x for x ≤ 0, 0 below -150.  Relative error below 3e-7, or 3e-6 with degree 4.
@@ -308,8 +66,6 @@ class Emitter:
         for coefficient in _EXP2[degree][1:]:
             p = self.fma(p, f, self.constant(coefficient, self.F32))
         return self._times_power_of_2(p, whole)
-
-    # ------------------------------------------------------------------ what differs between instruction sets
 
     def _times_power_of_2(self, x: Value, whole: Value) -> Value:
         """x · 2**whole, for whole numbers -200 … 0."""
@@ -339,7 +95,17 @@ class Emitter:
         """
         if TARGET.level == "avx512":
             return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", self.I32V, acc, codes.bits(self.U8), x.bits(self.U8))
+        if PAIRS:
+            return self.add_pairs(acc, self.pair_products(codes, x))
         return self._by_parts(self._dot4_part, self.I32V, acc, codes.bits(self.I32V), x.bits(self.I32V))
+
+    def pair_products(self, codes: Value, x: Value) -> Value:
+        """Products of 64 unsigned bytes and signed ones, two of them added: 32 int16.  For machines with `PAIRS`."""
+        return self._by_parts(self._pair_products_part, vector(_I16, 32), codes.bits(self.U8), x.bits(self.U8))
+
+    def add_pairs(self, acc: Value, pairs: Value) -> Value:
+        """acc + two of 32 int16 added, for 16 lanes of int32."""
+        return acc + self._by_parts(self._add_pairs_part, self.I32V, pairs)
 
     def dot4_signed(self, acc: Value, levels: Value, x: Value) -> Value:
         """Like `dot4` with signed bytes -128 … 127 on the left, for machines whose `MAX_CODE` is 127."""
@@ -388,7 +154,7 @@ class Emitter:
     def to_bf16(self, x: Value) -> Value:
         """16 float32 rounded to bfloat16, ties to even, as int16.  NaN is not kept."""
         if TARGET.bf16:
-            half = _vector(_BFloat(), 16)
+            half = vector(BFloat(), 16)
             return self.intrinsic("llvm.x86.avx512bf16.cvtneps2bf16.512", half, x).bits(self.I16V)
         word = x.bits(self.I32V)
         return ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(self.I16V)
@@ -414,9 +180,9 @@ class Emitter:
 
     def _lookup_part(self, table: Value, index: Value) -> Value:
         if TARGET.level == "avx2":
-            return self.intrinsic("llvm.x86.avx2.pshuf.b", _vector(_I8, 32), table, index)
+            return self.intrinsic("llvm.x86.avx2.pshuf.b", vector(_I8, 32), table, index)
         if TARGET.level == "neon":
-            return self.intrinsic("llvm.aarch64.neon.tbl1.v16i8", _vector(_I8, 16), table, index)
+            return self.intrinsic("llvm.aarch64.neon.tbl1.v16i8", vector(_I8, 16), table, index)
         result = self.constant(0, index.type)
         for i in range(16):
             found = index.compare("==", i)
@@ -424,32 +190,30 @@ class Emitter:
         return result
 
     def _dot4_part(self, acc: Value, codes: Value, x: Value) -> Value:
-        if TARGET.level == "avx2" and TARGET.vnni:
-            return self.intrinsic("llvm.x86.avx512.vpdpbusd.256", acc.type, acc, *_bytes(codes, x))
         if TARGET.level == "avx2":
-            pairs = self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", _vector(_I16, 16), *_bytes(codes, x))
-            return acc + self._add_pairs(pairs)
+            return self.intrinsic("llvm.x86.avx512.vpdpbusd.256", acc.type, acc, *_bytes(codes, x))
         if TARGET.level == "neon":
             return self.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, *_bytes(codes, x))
         return _dot4_plain(acc, codes, x, signed=False)
 
     def _dot4_signed_part(self, acc: Value, levels: Value, x: Value) -> Value:
         if TARGET.level == "avx2":  # |level| ≤ 128 and |x| ≤ 127, so a pair stays below 2**15
-            magnitude = self.intrinsic("llvm.abs.v32i8", _vector(_I8, 32), *_bytes(levels), self.constant(0, _I1))
-            signed = self.intrinsic("llvm.x86.avx2.psign.b", _vector(_I8, 32), *_bytes(x, levels))
-            pairs = self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", _vector(_I16, 16), magnitude, signed)
-            return acc + self._add_pairs(pairs)
+            magnitude = self.intrinsic("llvm.abs.v32i8", vector(_I8, 32), *_bytes(levels), self.constant(0, _I1))
+            signed = self.intrinsic("llvm.x86.avx2.psign.b", vector(_I8, 32), *_bytes(x, levels))
+            return acc + self._add_pairs_part(self._pair_products_part(magnitude, signed))
         if TARGET.level == "neon":
             return self.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, *_bytes(levels, x))
         return _dot4_plain(acc, levels, x, signed=True)
 
-    def _add_pairs(self, pairs: Value) -> Value:
-        return self.intrinsic("llvm.x86.avx2.pmadd.wd", _vector(_I32, 8), pairs, self.constant(1, pairs.type))
+    def _pair_products_part(self, codes: Value, x: Value) -> Value:
+        return self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", vector(_I16, 16), codes, x)
+
+    def _add_pairs_part(self, pairs: Value) -> Value:
+        return self.intrinsic("llvm.x86.avx2.pmadd.wd", vector(_I32, 8), pairs, self.constant(1, pairs.type))
 
 
-_I1 = ir.IntType(1)
-# The largest left byte that `dot4` takes: without VNNI, AVX2 saturates sums of two products; NEON's bytes are signed.
-MAX_CODE = 127 if TARGET.level == "neon" or (TARGET.level == "avx2" and not TARGET.vnni) else 255
+PAIRS = TARGET.level == "avx2" and not TARGET.vnni  # products of bytes are added two by two, as saturated int16
+MAX_CODE = 127 if PAIRS or TARGET.level == "neon" else 255  # the largest left byte of `dot4`; NEON's are signed
 
 # 2**f on [-1/2, 1/2], highest power first: least squares on the relative error, reweighted until its peaks are level
 _EXP2 = {
@@ -460,7 +224,7 @@ _EXP2 = {
 
 def _bytes(*words: Value) -> tuple[Value, ...]:
     """Vectors of 32-bit words as vectors of bytes."""
-    return tuple(word.bits(_vector(_I8, 4 * word.type.count)) for word in words)
+    return tuple(word.bits(vector(_I8, 4 * word.type.count)) for word in words)
 
 
 def _dot4_plain(acc: Value, left: Value, x: Value, signed: bool) -> Value:
