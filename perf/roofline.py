@@ -21,12 +21,14 @@ import numba
 import numpy as np
 from llvmlite import ir
 
+from qattn.cpu.dots import Dots
 from qattn.cpu.simd import Emitter, Value, micro_kernel
 from qattn.cpu.target import TARGET
 from qattn.models.fetch import cache_directory
 
 LINE = 64  # bytes of a vector, and of a cache line
 SUMS = TARGET.rows  # independent sums in flight
+TURNS = 8  # products that are added to a sum in turn, as for a cell of 32 columns
 ROUNDS = 40  # of single calls, of which the fastest counts: a limit is what was reached once
 
 
@@ -91,18 +93,18 @@ def _writer(streaming: bool) -> Any:
     return run
 
 
-def _peak(step: Callable[[Emitter, Value, Value, Value], Value], of_floats: bool) -> Any:
-    """Repeat total = step(e, total, left, right) for independent totals in registers."""
+def _peak(step: Callable[[Emitter, Value, Value, list[Value]], Value], of_floats: bool) -> Any:
+    """Repeat total = step(e, total, left, rights) for independent totals in registers, and a left of their own."""
 
     @micro_kernel
     def repeat(e, data, out, count):  # type: ignore[no-untyped-def]
         kind = e.F32 if of_floats else e.I32V
         totals = [e.register(data.at(n * LINE).load(kind)) for n in range(SUMS)]
-        left = data.load(e.I32V)
-        with e.loop(count) as i:
-            right = data.at((i & 7) * LINE).load(e.I32V)  # or a compiler could multiply instead of repeating
-            for total in totals:
-                total.set(step(e, total.get(), left, right))
+        lefts = [data.at(n * LINE).load(e.I32V) for n in range(SUMS)]
+        with e.loop(count) as i:  # no product is another one, or a compiler could compute it once
+            rights = [data.at((i + turn & 7) * LINE).load(e.I32V) for turn in range(TURNS)]
+            for left, total in zip(lefts, totals, strict=True):
+                total.set(step(e, total.get(), left, rights))
         for n, total in enumerate(totals):
             out.at(n * LINE).store(total.get())
 
@@ -114,11 +116,26 @@ def _peak(step: Callable[[Emitter, Value, Value, Value], Value], of_floats: bool
     return run
 
 
-def _fma(e: Emitter, total: Value, left: Value, right: Value) -> Value:
-    return e.fma(left.bits(e.F32), right.bits(e.F32), total)
+def _dot4(e: Emitter, total: Value, left: Value, rights: list[Value]) -> Value:
+    dots = Dots(e, [total], len(rights), 15)
+    for right in rights:
+        dots.add(0, left, right)
+    return dots.total(0)
 
 
-_PEAKS = {"dot4": (Emitter.dot4, 128), "bf16": (Emitter.dot2_bf16, 64), "f32": (_fma, 32)}  # operations a vector
+def _bf16(e: Emitter, total: Value, left: Value, rights: list[Value]) -> Value:
+    for right in rights:
+        total = e.dot2_bf16(total, left, right)
+    return total
+
+
+def _fma(e: Emitter, total: Value, left: Value, rights: list[Value]) -> Value:
+    for right in rights:
+        total = e.fma(left.bits(e.F32), right.bits(e.F32), total)
+    return total
+
+
+_PEAKS = {"dot4": (_dot4, 128), "bf16": (_bf16, 64), "f32": (_fma, 32)}  # operations a vector
 
 
 def measure(counts: list[int]) -> dict[int, Limits]:
@@ -134,11 +151,11 @@ def measure(counts: list[int]) -> dict[int, Limits]:
         calls = {n: functools.partial(run, *args) for n, run in enumerate(runs)}
         return min(timing.best for timing in harness.compare(calls, ROUNDS, sample=0, pause=0).values())
 
-    found, repeats = {}, 1 << 20
+    found, repeats = {}, 1 << 17
     for n in counts:
         numba.set_num_threads(n)
         bandwidths = (best(readers, data, out, n), best(writers, data, np.float32(1), n))
-        speeds = [n * repeats * SUMS * ops / best([run], ones, out, repeats, n) / 1e9 for run, ops in peaks]
+        speeds = [n * repeats * TURNS * SUMS * ops / best([run], ones, out, repeats, n) / 1e9 for run, ops in peaks]
         found[n] = Limits(*(data.size / seconds / 1e9 for seconds in bandwidths), *speeds)
     return found
 
