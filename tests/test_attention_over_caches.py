@@ -10,16 +10,20 @@ from qattn import KVCache, KVCacheParams, PagedKVCache, attention, masks
 from tests.reference import nmse
 from tests.strategies import normal
 
-TYPES = ["float32", "bfloat16", "q8_0", "q8_0/q4_0", "float16/q5_1", "iq4_nl"]
+KERNELS = [
+    ("float32", "causal"), ("bfloat16", "null"), ("q8_0", "sliding_window_causal"), ("q8_0/q4_0", "causal"),
+    ("float16/q5_1", "causal"), ("iq4_nl", "causal"),
+]  # fmt: skip
 
 
 @settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3), new=st.integers(0, 9), group=st.integers(1, 4),
-    name=st.sampled_from(["causal", "null", "sliding_window_causal"]), types=st.sampled_from(TYPES),
+    kernel=st.sampled_from(KERNELS),
     paged=st.booleans(), hadamard=st.booleans(), alibi=st.booleans(), capped=st.booleans(),
 )  # fmt: skip
-def test_a_cache_is_its_keys_and_values(lengths, new, group, name, types, paged, hadamard, alibi, capped):
+def test_a_cache_is_its_keys_and_values(lengths, new, group, kernel, paged, hadamard, alibi, capped):
+    types, name = kernel
     params = KVCacheParams(2, 16, 24, dtype=types, hadamard=hadamard)
     cache = PagedKVCache(params, len(lengths), pages=12) if paged else KVCache(params, len(lengths))
     for s, length in enumerate(lengths):

@@ -73,7 +73,7 @@ def test_the_error_of_each_type(dtype):
 
 @settings(max_examples=20)
 @given(
-    pair=st.sampled_from(["float16/q8_0", "q8_0/q5_1", "iq4_nl/bfloat16"]),
+    pair=st.sampled_from(["float16/q5_1", "q8_0/q4_0", "iq4_nl"]),
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 5),
     head_dim=st.integers(2, 80),

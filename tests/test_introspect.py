@@ -111,8 +111,9 @@ def slopes_of(alibi):
     return 2.0 ** (-alibi * np.arange(1, 5) / 4) if alibi else None
 
 
-@pytest.mark.parametrize("dtype", [kind.name for kind in cache_types.TYPES] + ["q8_0/q4_0"])
-@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "hadamard"), [*((kind.name, False) for kind in cache_types.TYPES), ("q8_0/q4_0", False), ("q4_0", True)]
+)
 def test_weights_come_out_with_any_cache_type(dtype, hadamard):
     attn, x = loaded(*plain()), normal((20, HIDDEN))
     params = KVCacheParams(2, 8, dtype=dtype, hadamard=hadamard)

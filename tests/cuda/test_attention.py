@@ -22,21 +22,12 @@ from tests.reference import nmse
 one_cupy = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
-def test_a_token_attends(cupy, kind, mask):
-    decode(kind, 4, 64, 64, (200, 63, 64, 0)).check(cupy, mask)
-
-
 @pytest.mark.parametrize(
-    ("kind", "group", "head_dim", "value_dim"),
-    [
-        ("f16", 1, 16, 16), ("bf16", 4, 128, 64), ("f16", 16, 96, 112), ("bf16", 20, 64, 32), ("bf16", 1, 48, 240),
-        ("bf16", 3, 65, 67), ("f16", 17, 576, 512), ("f16", 1, 96, 544), ("f8", 2, 72, 280),
-    ],
-)  # fmt: skip
-def test_a_token_attends_with_heads_of_many_sizes(cupy, kind, group, head_dim, value_dim):
-    decode(kind, group, head_dim, value_dim, (150,)).check(cupy, Causal())
+    ("kind", "mask"), [*((kind, mask) for kind in ("f16", "f32") for mask in MASKS), ("bf16", Causal())], ids=str
+)
+def test_a_token_attends(cupy, kind, mask):
+    size = 128 if kind == "bf16" else 64
+    decode(kind, 4, size, size, (200, 63, 64, 0)).check(cupy, mask)
 
 
 @pytest.mark.parametrize("before", [0, 62, 63, 64, 127, 640, 1999])
@@ -53,17 +44,6 @@ def test_a_token_attends_in_parts(cupy, kind, before):
 @pytest.mark.parametrize("kind", ["f16", "f32"])
 def test_a_prompt_attends(cupy, kind, mask):
     Case(kind, 8, 2, 64, 64, (70,), (33,)).check(cupy, mask)
-
-
-@pytest.mark.parametrize(
-    ("kind", "group", "head_dim", "value_dim"),
-    [
-        ("bf16", 1, 16, 16), ("f16", 8, 128, 128), ("f16", 1, 48, 240), ("bf16", 3, 65, 67), ("f16", 16, 576, 512),
-        ("f16", 1, 96, 544), ("f8", 2, 72, 280),
-    ],
-)  # fmt: skip
-def test_a_prompt_attends_with_heads_of_many_sizes(cupy, kind, group, head_dim, value_dim):
-    Case(kind, group, 1, head_dim, value_dim, (40,), (90,)).check(cupy, Causal())
 
 
 @pytest.mark.parametrize("new", [(50, 1, 0, 9), (1, 130, 1), (0, 6), (2, 0, 0), (1,) * 40 + (5,) * 30, (3, 1, 4, 1, 5)])
@@ -192,10 +172,9 @@ STEPS = [
 @pytest.mark.parametrize(
     ("kind", "step", "mask", "options", "page"),
     [
-        ("f16", STEPS[0], Causal(), (), 0), ("f16", STEPS[0], Window(37), (), 0), ("f16", STEPS[0], Before(5), (), 0),
-        ("f16", STEPS[0], Causal(), OPTIONS, 192), ("f16", STEPS[0], Before(400), ("sinks",), 64),
-        ("bf16", STEPS[1], Causal(), (), 0), ("bf16", STEPS[1], Strided(3), ("one bias",), 64),
-        ("bf16", STEPS[2], Causal(), (), 0), ("bf16/f16", STEPS[1], Causal(), (), 0),
+        ("f16", STEPS[0], Causal(), (), 0), ("f16", STEPS[0], Causal(), OPTIONS, 192),
+        ("f16", STEPS[0], Before(400), ("sinks",), 64), ("bf16", STEPS[1], Strided(3), ("one bias",), 64),
+        ("bf16", STEPS[2], Causal(), (), 0), ("bf16/f16", STEPS[1], Window(37), (), 0),
     ],
     ids=lambda value: f"{value.heads}x{value.head_dim}" if isinstance(value, Step) else str(value),
 )  # fmt: skip

@@ -82,20 +82,17 @@ def test_values_become_finite(cupy, kind):
 
 @pytest.mark.parametrize("kind", CODES)
 def test_few_and_many_tokens_attend(cupy, kind):
-    decode(kind, 4, 64, 64, (200, 63, 64, 0)).check(cupy, Causal())
-    Case(kind, 4, 2, 64, 64, (70, 1), (33, 100)).check(cupy, Causal())
+    decode(kind, 4, 128, 128, (200, 63, 64, 0)).check(cupy, Causal())
+    Case(kind, 4, 2, 128, 128, (70, 1), (33, 100)).check(cupy, Causal())
 
 
-@pytest.mark.parametrize(
-    ("kind", "head_dim", "value_dim"),
-    [("q8_0", 16, 48), ("q5_1", 80, 112), ("f8", 128, 96), ("q4_1", 96, 128), ("q8_0", 256, 256)],
-)
+@pytest.mark.parametrize(("kind", "head_dim", "value_dim"), [("q8_0", 16, 48), ("q5_1", 80, 112)])
 def test_heads_of_many_sizes(cupy, kind, head_dim, value_dim):
     Case(kind, 3, 1, head_dim, value_dim, (1,), (150,)).check(cupy, Causal())
     Case(kind, 3, 1, head_dim, value_dim, (40,), (90,)).check(cupy, Window(50))
 
 
-PAIRS = "q8_0/q4_0 bf16/q5_1 f8/iq4_nl q4_1/f16 f16/bf16 q8_0/f32"
+PAIRS = "q8_0/q4_0 bf16/q5_1 q4_1/f16 q8_0/f32"
 
 
 @pytest.mark.parametrize("kind", PAIRS.split())
@@ -104,7 +101,7 @@ def test_keys_and_values_of_two_types(cupy, kind):
     Case(kind, 4, 2, 64, 64, (40, 3), (33, 100), page=64).check(cupy, Causal())
 
 
-@pytest.mark.parametrize("kind", ["f8", "q5_1", "iq4_nl"])
+@pytest.mark.parametrize("kind", ["f8", "q5_1"])
 def test_exact_and_pages_and_options(cupy, kind):
     Case(kind, 2, 1, 70, 33, (9, 1), (33, 100), exact=True, page=64).check(cupy, Causal())
     case = Case(kind, 4, 2, 64, 64, (1, 40), (300, 20), options=("cap", "sinks", "bias"), page=128)

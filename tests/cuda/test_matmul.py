@@ -57,7 +57,8 @@ def test_every_format_multiplies(cupy, name):
     """One token, few and many; rows that fill no tile, and more than one block of threads; both paths."""
     w, x = random_weights(name, 150 if name in COMMON else 37, 512), normal((17, 512))
     want, cpu = reference(x, w), qattn.matmul(x, w)
-    for tokens, path in ((1, "decode"), (3, "decode"), (17, "decode"), (17, "prefill")):
+    few = [(3, "decode")] if name in COMMON else []
+    for tokens, path in ((1, "decode"), *few, (17, "decode"), (17, "prefill")):
         got = multiply(cupy, x[:tokens], w, path=path)
         assert nmse(got, want[:tokens]) < INT8_NMSE
         assert nmse(got, cpu[:tokens]) < AGREEMENT
