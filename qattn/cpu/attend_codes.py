@@ -160,6 +160,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
                 for m in range(rows):
                     part = word(quad, m).load(e.I32).splat(e.I32V)
                     dots.add(m, code, part)
+                dots.settle()
             there = keys.at(cells * size + k * SCALES)
             scale = _floats(e, there)
             for m in range(rows):
