@@ -20,7 +20,8 @@ import pytest
 from tests.cuda.machine_code import ARCHITECTURES, Report, assemble, tool
 
 pytest.importorskip("numba_cuda", reason="kernels for GPUs are compiled by numba-cuda")
-from qattn.cuda.kernel import Kernel
+from qattn.cuda.attention import merge
+from qattn.cuda.kernel import Kernel, _tidied
 from tests.cuda.kernels import all_kernels
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -86,6 +87,12 @@ def test_kernels_stay_in_their_budget(architecture):
         if lost:
             wrong.append(f"{name}: lost {lost}: {before.instructions} became {now.instructions}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_kernel_is_the_same_ptx_however_often_it_is_made():
+    """Numba numbers what it compiles; else nothing would be known again."""
+    once, again = (_tidied(merge._compile(), merge.name) for _ in range(2))
+    assert once == again == merge.ptx and ".shared" in once and "Numba" not in once
 
 
 def main() -> None:
