@@ -1,7 +1,7 @@
 """Every instruction-set level gives right results, and has the instructions that it promises.
 
-Levels are forced with Numba's own variables, in a process for each.  By default these compute one product and one
-attention; ``QATTN_ALL_LEVELS=1`` runs the whole suites of both, some minutes for each level.
+Levels are forced with Numba's own variables, in a process for each.  By default these run the tests of the little
+language, one product and one attention; ``QATTN_ALL_LEVELS=1`` runs the whole suites of both, some minutes for each.
 """
 
 import os
