@@ -20,7 +20,17 @@ def pytest_runtest_setup():
     gc.freeze()
 
 
-GOLDEN = Path(__file__).parent / "golden"
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden"
+# Tests of kernels, which no tracer sees; compiling them under one takes 1.6 to 2.4 times as long.
+KERNELS = ("cuda", "test_matmul.py", "test_cache_types.py", "test_attention_over_caches.py", "test_attention_grid.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Measure no coverage in tests of kernels."""
+    for item in items:
+        if item.path.is_relative_to(HERE) and item.path.relative_to(HERE).parts[0] in KERNELS:
+            item.add_marker(pytest.mark.no_cover)
 
 
 def fetched(source):
