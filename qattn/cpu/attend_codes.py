@@ -152,15 +152,14 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
                 return at.at(4 * (w * rows + m))
 
             dots = Dots(e, [word(9, m).load(e.I32).splat(e.I32V) for m in range(rows)], 8, _largest(type_), signed)
-            for quad in range(8):
+
+            def codes(quad: int, cell: _Cell = cell, k: Value = k) -> Value:
                 if rows < TARGET.rows and quad % (8 // lines) == 0:  # memory binds
                     line = 64 * (quad // (8 // lines))
                     e.prefetch(keys.at(k * (size + SCALES)).at(line + AHEAD), near=False)
-                code = cell.levels(quad) if signed else cell.biased(quad)
-                for m in range(rows):
-                    part = word(quad, m).load(e.I32).splat(e.I32V)
-                    dots.add(m, code, part)
-                dots.settle()
+                return cell.levels(quad) if signed else cell.biased(quad)
+
+            dots.add_all(range(8), codes, lambda quad, m: word(quad, m).load(e.I32).splat(e.I32V))
             there = keys.at(cells * size + k * SCALES)
             scale = _floats(e, there)
             for m in range(rows):

@@ -7,6 +7,8 @@ as long as they can't overflow, which takes little more than half of the instruc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from qattn.cpu.simd import PAIRS, Emitter, Value
 
 LEVEL = 127  # the largest magnitude of a rounded activation, or query
@@ -35,8 +37,18 @@ class Dots:
         self._room = room if room >= count else min(room, 2)
         self._pairs: dict[int, Value] = {}
         self._added = [0] * len(starts)
-        self.together = 2 if self._room == 2 < count else 1
-        """How many products of a row are best added one after the other, before those of the next row."""
+        # Products of a row that are added one after the other, before those of the next row: so that either the sums
+        # of int16 need registers for long, or those of int32.
+        self._together = 2 if self._room == 2 < count else 1
+
+    def add_all(self, quads: range, codes: Callable[[int], Value], x: Callable[[int, int], Value]) -> None:
+        """Add the products of ``codes(quad)`` and ``x(quad, row)``, for all rows; codes are asked for once each."""
+        for first in quads[:: self._together]:
+            taken = [(quad, codes(quad)) for quad in range(first, first + self._together)]
+            for row in range(len(self._sums)):
+                for quad, code in taken:
+                    self.add(row, code, x(quad, row))
+            self._settle()
 
     def add(self, row: int, codes: Value, x: Value) -> None:
         """Add the products of 64 bytes of codes and a row's."""
@@ -49,8 +61,8 @@ class Dots:
         if self._added[row] == self._room:
             self._add_up(row)
 
-    def settle(self) -> None:
-        """Let the machine finish what was added before it goes on: after all rows had the same codes."""
+    def _settle(self) -> None:
+        """Let the machine finish what was added before it goes on."""
         if self._pairs:
             self._pairs = dict(zip(self._pairs, self.e.settled(list(self._pairs.values())), strict=True))
         else:

@@ -104,6 +104,10 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
             cell = cells.at(slot * 4).load(e.I32).to(e.I64)
             weights = _Weights(e, layout, packed, cell)
             cell_x = x.at(slot * (CELL * rows))
+
+            def quad_x(quad: int, m: int, cell_x: Pointer = cell_x) -> Value:
+                return cell_x.at(4 * (quad * rows + m)).load(e.I32).splat(e.I32V)
+
             weights.prefetch(_AHEAD)
             products = [zeros] * rows
             for part in range(parts):
@@ -112,13 +116,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
                 if layout.zero:
                     first = [starts.at(group_at).at(4 * m).load(e.I32).splat(e.I32V) for m in range(rows)]
                 dots = Dots(e, first, quads, layout.largest, layout.signed)
-                for quad in range(quads * part, quads * (part + 1), dots.together):
-                    codes = [weights.codes(quad + i) for i in range(dots.together)]
-                    for m in range(rows):
-                        for i, code in enumerate(codes):
-                            quad_x = cell_x.at(4 * ((quad + i) * rows + m)).load(e.I32).splat(e.I32V)
-                            dots.add(m, code, quad_x)
-                    dots.settle()
+                dots.add_all(range(quads * part, quads * (part + 1)), weights.codes, quad_x)
                 scale = weights.scale(part)
                 for m in range(rows):
                     product = dots.total(m).to(e.F32)
