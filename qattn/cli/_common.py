@@ -133,7 +133,7 @@ def _announce_compilation() -> bool:
     directory = cache_directory()
     if directory is None or not os.path.isdir(directory) or not os.listdir(directory):
         later = "; later runs start at once" if directory is not None else ""
-        say(f"compiling kernels for this CPU, which takes about 10 seconds{later}")
+        say(f"compiling kernels for this CPU, which takes 10 to 30 seconds{later}")
         return True
     return False
 
