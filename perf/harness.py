@@ -134,7 +134,7 @@ def machine(threads: int) -> Row:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "simd": TARGET.level + (" bf16" if TARGET.bf16 else ""),
+        "simd": TARGET.level + (" bf16" if TARGET.bf16 else "") + (" amx" if TARGET.amx else ""),
         "python": platform.python_version(),
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,

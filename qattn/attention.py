@@ -62,7 +62,7 @@ class AttentionWithRope(Watched):
     mask_variant : MHAMaskVariant or mask
     local_window_size : int, optional
         Of a mask variant that has a window or chunks.
-    precision : "int8" or "exact"
+    precision : "fast", "int8" or "exact"
         See `qattn.matmul`; "exact" also multiplies a bfloat16 cache in float32.
     features
         Further fields of `qattn.architectures.AttentionConfig`: ``clamp_qkv``, ``q_norm``, ``softcap``, ``gate``, …
@@ -93,7 +93,7 @@ class AttentionWithRope(Watched):
         clip_qkv: float | None = None,
         mask_variant: MHAMaskVariant | Mask = MHAMaskVariant.CAUSAL_MASK,
         local_window_size: int | None = None,
-        precision: ops.Precision = "int8",
+        precision: ops.Precision = "fast",
         **features: Any,
     ) -> None:
         if clip_qkv is not None and not clip_qkv > 0:

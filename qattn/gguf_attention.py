@@ -62,7 +62,7 @@ class GGUFQAttentionWithRope(AttentionWithRope):
         layer: int = 0,
         *,
         part: Literal["encoder", "decoder", "cross"] | None = None,
-        precision: ops.Precision = "int8",
+        precision: ops.Precision = "fast",
         cache_dtype: str = "bfloat16",
         max_length: int | None = None,
         hadamard: bool = False,

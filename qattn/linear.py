@@ -21,12 +21,12 @@ class Linear:
     ----------
     weights : (rows, columns) QuantArray, PackedMatrix or floats
     bias : (rows,) floats, optional
-    precision : "int8" or "exact"
+    precision : "fast", "int8" or "exact"
         See `qattn.matmul`.
     """
 
     def __init__(
-        self, weights: QuantArray | PackedMatrix | Array, bias: Any = None, *, precision: ops.Precision = "int8"
+        self, weights: QuantArray | PackedMatrix | Array, bias: Any = None, *, precision: ops.Precision = "fast"
     ) -> None:
         _check.choice("precision", precision, ops.PRECISIONS)
         self.weights = weights if isinstance(weights, PackedMatrix) else PackedMatrix(weights)

@@ -122,6 +122,11 @@ def test_matrices_of_heads_are_multiplied_at_once(name, tokens, precision):
         assert nmse(alone, x[:, head].astype(np.float64) @ part.astype(np.float64).T) < 1e-4
 
 
+def test_no_tokens_times_matrices_of_heads():
+    matrix = PackedMatrix(qattn.quantize(normal((96, 256)), "Q8_0"))
+    assert ops.affine_each(np.empty((0, 3, 256), np.float32), matrix).shape == (0, 3, 32)
+
+
 def test_the_vector_is_all_that_is_cached():
     latent = Latent(32, 8, 24, 16, 1e-5, 0)
     state = weights(latent, 4)[1]

@@ -230,7 +230,7 @@ def test_float_weights_have_their_own_class():
         ({"rope": RotaryEmbedding(64)}, ValueError, "rope turns 64 elements; kv_params has heads of 32"),
         ({"clip_qkv": -1.0}, ValueError, "clip_qkv is -1.0; expected a positive number"),
         ({"scale": float("nan")}, ValueError, "scale is nan"),
-        ({"precision": "fp4"}, ValueError, "precision is 'fp4'; expected one of 'int8', 'exact'"),
+        ({"precision": "fp4"}, ValueError, "precision is 'fp4'; expected one of 'fast', 'int8', 'exact'"),
         ({"quantization_encoding": "Q9_0"}, qattn.FormatError, "Q9_0"),
         ({"devices": ["cuda:99"]}, qattn.DeviceError, "device 'cuda:99' can't be used: "),
         ({"devices": ["tpu"]}, qattn.DeviceError, "device is 'tpu'; expected 'cpu', 'cuda', 'cuda:0'"),

@@ -73,7 +73,7 @@ out, _ = cpu.attend(q, cache, np.array([0, 5]), Causal(), Logits(0.2), exact=Fal
 k, v = kv[:, None, :32], kv[:, None, 32:]
 want, _ = reference.attention(q, k, v, 0.2, reference.causal(5, 40))
 assert reference.nmse(out, want) < 5e-4
-attend = attention.attend(*[attention.Storage("bf16", "bf16")] * 2, Causal)
+attend = attention.attend(*[attention.Storage.best("bf16", False)] * 2, Causal)
 print(TARGET.level)
 for kernel in (matmul.product(packed.layouts[0], False), attend):
     print("=====", *(asm for thunk in kernel.thunks.values() for asm in thunk.inspect_asm().values()), sep="\\n")
@@ -89,7 +89,7 @@ def test_a_level_computes_with_the_instructions_that_it_promises(level, tmp_path
     said, *kernels = output.split("=====\n")
     promised = PROMISED[TARGET.level if level == "host" else level]
     if level == "host" and TARGET.bf16:
-        promised = (promised[0], "vdpbf16ps")
+        promised = (promised[0], "tdpbf16ps" if TARGET.amx else "vdpbf16ps")
     assert said.strip().endswith(TARGET.level if level == "host" else level)
     for instruction, machine_code in zip(promised, kernels, strict=True):
         assert instruction in machine_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import numpy as np
 from qattn import formats
 from qattn.array import QuantArray
 from qattn.batch import Batch
+from qattn.cpu import amx_matmul, feed_forward
 from qattn.cpu import attention as cpu_attention
-from qattn.cpu import feed_forward
 from qattn.cpu import heads as cpu_heads
 from qattn.cpu import matmul as cpu_matmul
 from qattn.cpu import rope as cpu_rope
@@ -40,10 +41,28 @@ def unpack(part: Part, out: Array) -> None:
     out[part.packed.targets] = part_values(part)
 
 
-def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
+def multiply(x: Array, matrix: PackedMatrix, out: Array, precision: str) -> None:
     """out = x @ matrix.T: x (tokens, columns) and out (tokens, rows), float32, C-contiguous."""
+    if TARGET.amx and precision == "fast" and len(x) >= amx_matmul.LEAST:
+        _multiply_by_amx(x, [part for part in matrix.parts if part.layout.bits < 16], out)
+        _multiply_by_rows(x, [part for part in matrix.parts if part.layout.bits >= 16], out, exact=False)
+    else:
+        _multiply_by_rows(x, matrix.parts, out, exact=precision == "exact")
+
+
+def _multiply_by_amx(x: Array, matrix_parts: Sequence[Part], out: Array) -> None:
+    if not matrix_parts:
+        return
+    rounded = amx_matmul.room(*x.shape)
+    amx_matmul.round_rows(x, rounded, parts=_parts_of(len(x), TARGET.rows))
+    for part in matrix_parts:
+        parts = min(1 + part.packed.rows * x.size // _WORK_AMX, _PARTS_MANY * get_num_threads())
+        amx_matmul.product(part.layout)(part.packed, rounded, out, parts=parts)
+
+
+def _multiply_by_rows(x: Array, matrix_parts: Sequence[Part], out: Array, *, exact: bool) -> None:
     last: Any = None
-    for part in matrix.parts:
+    for part in matrix_parts:
         layout = part.layout
         floats, group = layout.bits >= 16, min(layout.group, CELL)
         key = "floats" if floats else (group, 0 if exact else layout.zero)
@@ -59,12 +78,12 @@ def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
         cpu_matmul.product(layout, exact)(part.packed, prepared, out, parts=parts, streams=part.packed.codes)
 
 
-def multiply_each(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
+def multiply_each(x: Array, matrix: PackedMatrix, out: Array, precision: str) -> None:
     """out[:, h] = x[:, h] @ head h of matrix.T: x (tokens, heads, columns), out (tokens, heads, rows), float32.
 
     matrix : `divisible`, (heads · rows, columns)
     """
-    (part,), (tokens, heads, columns) = matrix.parts, x.shape
+    (part,), (tokens, heads, columns), exact = matrix.parts, x.shape, precision == "exact"
     parts = min(heads, _PARTS_FEW * get_num_threads())
     room = _room(part.layout, exact, tokens, columns, copies=(parts,))
     run = cpu_matmul.product_each(part.layout, exact)
@@ -80,6 +99,7 @@ def _room(layout: Layout, exact: bool, rows: int, columns: int, copies: tuple[in
 
 
 _ALONE = 1 << 20  # bytes of weights that one thread has read before another, unless it runs already, is worth waking
+_WORK_AMX = 1 << 24  # products that take as long as a few parts' being handed out
 _WORK = 1 << 13  # bytes of weights, read once for each block of activations, that are worth a part
 # Parts for each thread.  Memory is read fastest in long pieces; where arithmetic binds, small ones end together.
 _PARTS_FEW, _PARTS_MANY = 4, 16

@@ -45,10 +45,11 @@ def unpack(part: Part, out: Array) -> None:
     unpack_part(part.packed, part.layout, out)
 
 
-def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
+def multiply(x: Array, matrix: PackedMatrix, out: Array, precision: str) -> None:
     """out = x @ matrix.T: x (tokens, columns) and out (tokens, rows), float32, C-contiguous."""
     last: Any = None
     prepared: Any = x
+    exact = precision == "exact"
     for part in matrix.parts:
         layout = part.layout
         floats, group = layout.bits >= 16, min(layout.group, CELL)
@@ -59,7 +60,7 @@ def multiply(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
         cuda_matmul.product(layout, exact)(part.packed, x if floats or exact else prepared, out)
 
 
-def multiply_each(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> None:
+def multiply_each(x: Array, matrix: PackedMatrix, out: Array, precision: str) -> None:
     """out[:, h] = x[:, h] @ head h of matrix.T: x (tokens, heads, columns), out (tokens, heads, rows), float32.
 
     matrix : `divisible`, (heads · rows, columns)
@@ -70,7 +71,7 @@ def multiply_each(x: Array, matrix: PackedMatrix, out: Array, exact: bool) -> No
     tokens, heads, rows = out.shape
     for head in range(heads):
         product = cupy.empty((tokens, rows), np.float32)
-        multiply(cupy.ascontiguousarray(x[:, head]), matrix.head(head, heads), product, exact)
+        multiply(cupy.ascontiguousarray(x[:, head]), matrix.head(head, heads), product, precision)
         out[:, head] = product
 
 

@@ -34,13 +34,14 @@ def text_or_file(text: str) -> str:
         raise ValueError(f"{text[1:]} is not text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def add_model_options(parser: argparse.ArgumentParser, precision: str = "int8") -> None:
+def add_model_options(parser: argparse.ArgumentParser, precision: str = "fast") -> None:
     """Add the options that say how a model runs."""
     parser.add_argument(
         "--precision",
-        choices=["int8", "exact"],
+        choices=["fast", "int8", "exact"],
         default=precision,
-        help=f"int8: activations in 8 bits; exact: float32 (default: {precision})",
+        help=f"int8: activations in 8 bits; fast: likewise, or in bfloat16 where that is faster; exact: float32 "
+        f"(default: {precision})",
     )
     parser.add_argument(
         "--cache-type", metavar="TYPE", help='what keys and values are stored as: bfloat16, q8_0, "q8_0/q4_0", …'

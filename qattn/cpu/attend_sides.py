@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qattn.cache_types import BLOCK
-from qattn.cpu import attend_codes, attend_tiles
+from qattn.cpu import amx_attention, attend_codes, attend_tiles
 from qattn.cpu._jit import generated
 from qattn.cpu.activations import block_size
 from qattn.cpu.attend_codes import SCALES
@@ -30,8 +30,8 @@ class Keys(NamedTuple):
     load: Callable[..., Any]
     """(q, s, row, rows, scale): put a query, (head_dim,) float32, times `scale` into row `row` of `rows`."""
     score: Callable[..., Any]
-    """(s, rows, keys, values, tile, head_dim, fetch): s.scores of one tile, the number `tile` of the block of keys;
-    keys and values are its memory, and memory may be asked for the values if `fetch`."""
+    """(s, rows, keys, values, tiles, head_dim, fetch): s.scores of the first so many tiles of keys; memory may be asked
+    for as many of values if `fetch`."""
 
 
 class Values(NamedTuple):
@@ -49,6 +49,8 @@ class Values(NamedTuple):
 @functools.cache
 def keys(storage: Storage) -> Keys:
     """The functions for keys that are stored and multiplied like this."""
+    if storage.compute == "amx":
+        return Keys(amx_attention.row_words, amx_attention.load, amx_attention.score)
     in_blocks, rounds, name = storage.type.in_blocks, storage.compute == "int8", f"{storage.kind}-{storage.compute}"
     packed, words = storage.pack, storage.words
     load_row = (attend_codes if rounds else attend_tiles).query_kernel(storage)
@@ -81,13 +83,14 @@ def keys(storage: Storage) -> Keys:
             load_row((q, panel, scale, head_dim, steps * BLOCK if in_blocks else steps, 4 * size))
 
     @generated(name)
-    def score(s, rows, keys, values, tile, head_dim, fetch):  # type: ignore[no-untyped-def]
-        if fetch and rows < TARGET.rows:
-            attend_tiles.fetch((values, 0, values.nbytes))
+    def score(s, rows, keys, values, tiles, head_dim, fetch):  # type: ignore[no-untyped-def]
         steps, size_of_row = steps_of(head_dim), row_words(head_dim)
-        for block in range(0, rows, TARGET.rows):
-            scores(block_size(rows - block), (s.panel[block * size_of_row :], keys,
-                                              s.scores[block * KEY_BLOCK + tile * LANES :], steps))  # fmt: skip
+        for tile in range(tiles):
+            if fetch and rows < TARGET.rows:
+                attend_tiles.fetch((values[tile], 0, values[tile].nbytes))
+            for block in range(0, rows, TARGET.rows):
+                scores(block_size(rows - block), (s.panel[block * size_of_row :], keys[tile],
+                                                  s.scores[block * KEY_BLOCK + tile * LANES :], steps))  # fmt: skip
 
     return Keys(row_words, load, score)
 
@@ -95,6 +98,8 @@ def keys(storage: Storage) -> Keys:
 @functools.cache
 def values(storage: Storage) -> Values:
     """The functions for values that are stored and multiplied like this."""
+    if storage.compute == "amx":
+        return Values(amx_attention.slices_of, amx_attention.add, ahead=True)
     name = f"{storage.kind}-{storage.compute}"
     if storage.type.in_blocks:
         if storage.compute == "int8":

@@ -27,14 +27,17 @@ class Storage(NamedTuple):
     kind: str
     """That of a `CacheType`."""
     compute: str
-    """"f32"; "bf16": both factors rounded to bfloat16 and summed in float32, where they are stored so; or "int8": the
-    other factor rounded to a byte, where codes are stored."""
+    """"f32"; "bf16": both factors rounded to bfloat16 and summed in float32, where they are stored so; "amx": likewise,
+    in tile registers; or "int8": the other factor rounded to a byte, where codes are stored."""
 
     @classmethod
     def best(cls, kind: str, exact: bool) -> Storage:
         """The fastest way for a kind, or the exact one."""
-        fast = "int8" if cache_types.of_kind(kind).in_blocks else "bf16" if kind == "bf16" else "f32"
-        return cls(kind, "f32" if exact else fast)
+        if exact:
+            return cls(kind, "f32")
+        if kind == "bf16":
+            return cls(kind, "amx" if TARGET.amx else "bf16")
+        return cls(kind, "int8" if cache_types.of_kind(kind).in_blocks else "f32")
 
     @property
     def type(self) -> CacheType:
@@ -43,6 +46,11 @@ class Storage(NamedTuple):
     @property
     def pack(self) -> int:
         return pack(self.kind)
+
+    @property
+    def halves(self) -> bool:
+        """Whether the left factor is bfloat16."""
+        return self.compute in ("bf16", "amx")
 
     @property
     def words(self) -> int:
@@ -159,7 +167,7 @@ def softmax_kernel(storage: Storage, rows: int, masked: bool = False) -> Any:
     If `masked`, keys outside first … end - 1, counted from the block's start, weigh nothing.
     """
     degree = 5 if storage.compute == "f32" else 4  # weights rounded to 8 bits need no more
-    item = 2 if storage.compute == "bf16" else 4
+    item = 2 if storage.halves else 4
 
     @micro_kernel
     def run(e, scores, weights, tiles, first, end, row_max, row_sum, factor):  # type: ignore[no-untyped-def]
@@ -188,7 +196,7 @@ def softmax_kernel(storage: Storage, rows: int, masked: bool = False) -> Any:
             for m in range(rows):
                 p = e.exp2(scores.at(m * 4 * KEY_BLOCK).at(tile * (4 * LANES)).load(e.F32) - peaks[m], degree)
                 totals[m].set(totals[m].get() + p)
-                rounded = e.to_bf16(p) if storage.compute == "bf16" else p
+                rounded = e.to_bf16(p) if storage.halves else p
                 weights.at(m * item * KEY_BLOCK).at(tile * (item * LANES)).store(rounded)
         for m in range(rows):
             factor.at(4 * m).store(shrinks[m])

@@ -29,6 +29,7 @@ from qattn._meaning import is_ours, mask_key
 from qattn.cache_types import BLOCK
 from qattn.cpu import attend_sides, attend_tiles
 from qattn.cpu._jit import generated
+from qattn.cpu.amx import aligned
 from qattn.cpu.attend_tiles import KEY_BLOCK, LOG2E
 from qattn.cpu.attend_tiles import Storage as Storage
 from qattn.cpu.kernel import Kernel, kernel, share
@@ -69,6 +70,8 @@ class _Scratch(NamedTuple):
     factor: np.ndarray
     query: np.ndarray
     """A query padded to whole blocks; afterwards a row of weights."""
+    copied: np.ndarray
+    """Values of a block of keys, slice by slice; empty where they are used as they lie."""
     rounded: np.ndarray
     """Weights as bytes, with a unit and a constant for each row."""
     units: np.ndarray
@@ -76,17 +79,20 @@ class _Scratch(NamedTuple):
 
 
 @numba.njit
-def _scratch(rows, row_words, slices, head_dim):  # type: ignore[no-untyped-def]
-    rows += TARGET.rows
+def _scratch(rows, row_words, slices, copied, head_dim):  # type: ignore[no-untyped-def]
+    rows += LANES  # since the last block may reach further
+    weights = aligned(4 * rows * KEY_BLOCK).view(np.float32)
+    weights[:] = 0
     return _Scratch(
-        np.empty(rows * row_words, np.float32),
-        np.empty(rows * KEY_BLOCK, np.float32),
-        np.zeros(rows * KEY_BLOCK, np.float32),
-        np.empty(slices * rows * LANES, np.float32),
+        aligned(4 * rows * row_words).view(np.float32),
+        aligned(4 * rows * KEY_BLOCK).view(np.float32),
+        weights,
+        aligned(4 * slices * rows * LANES).view(np.float32),
         np.empty(rows, np.float32),
         np.empty(rows, np.float32),
         np.ones(rows, np.float32),
         np.zeros(max(KEY_BLOCK, head_dim + BLOCK), np.float32),
+        aligned(copied),
         np.empty(rows * KEY_BLOCK, np.uint8),
         np.zeros(rows, np.float32),
         np.zeros(rows, np.float32),
@@ -222,6 +228,7 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
     run_job = _job(keys, values, mask, mask_name, name)
     ranges_of = _ranges(_method(mask, "bounds", mask_name), mask_name)
     row_words, slices_of = attend_sides.keys(keys).row_words, attend_sides.values(values).slices
+    copies = values.compute == "amx"
 
     @kernel(name, stable=is_ours(mask))
     def run(q, cache, row_offsets, lengths, logits, mask, out, lse, partial, part, parts):  # type: ignore[no-untyped-def]
@@ -237,7 +244,8 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
         most = 1  # tokens of a job
         for j in range(jobs.shape[0]):
             most = max(most, jobs[j, 3])
-        s = _scratch(most * group, row_words(q.shape[2]), slices, q.shape[2])
+        copied = 2 * LANES * KEY_BLOCK * slices if copies else 0
+        s = _scratch(most * group, row_words(q.shape[2]), slices, copied, q.shape[2])
         # In prompts, later jobs see more keys.  Single tokens read memory that follows what was read before.
         for j in share(jobs.shape[0], part, parts) if most == 1 else range(part, jobs.shape[0], parts):
             job = jobs[j]
@@ -277,7 +285,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
     softmax = attend_tiles.some_rows(attend_tiles.softmax_kernel, values)
     masked_softmax = attend_tiles.softmax_kernel(values, 1, masked=True)
     bounds, adjust = _method(mask, "bounds", mask_name), _adjust(mask, mask_name)
-    half_weights = values.compute == "bf16"
+    half_weights = values.halves
 
     @generated(name)
     def begin(job, q, cache, position, length, logits, mask, group, s):  # type: ignore[no-untyped-def]
@@ -313,8 +321,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
             first_tile = start % page_keys // LANES
             keys, values = cache.keys[page, head, first_tile:], cache.values[page, head, first_tile:]
             fetch, follow = start == low or start % page_keys == 0 or not ahead, stop % page_keys != 0
-            for tile in range(tiles):
-                score(s, rows, keys[tile], values[tile], tile, cache.head_dim, fetch)
+            score(s, rows, keys, values, tiles, cache.head_dim, fetch)
             for i in range(job[3]):
                 first, end = bounds(mask, position + i, length)
                 first, end, row = first - start, min(end, job[5]) - start, i * group

@@ -34,7 +34,7 @@ from qattn.layout import CELL, Layout
 # ---------------------------------------------------------------------------------------------- the micro-kernel
 
 
-class _Weights:
+class Weights:
     """Reads one tile: codes, scales and offsets of the cell that the loop is at."""
 
     def __init__(self, e: Emitter, layout: Layout, packed: list[Pointer], cell: Value) -> None:
@@ -102,7 +102,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
         totals = [e.register(zeros) for _ in range(rows)]
         with e.loop(slots) as slot:
             cell = cells.at(slot * 4).load(e.I32).to(e.I64)
-            weights = _Weights(e, layout, packed, cell)
+            weights = Weights(e, layout, packed, cell)
             cell_x = x.at(slot * (CELL * rows))
 
             def quad_x(quad: int, m: int, cell_x: Pointer = cell_x) -> Value:
@@ -145,7 +145,7 @@ def _exact_micro_kernel(layout: Layout, rows: int) -> Any:
         zeros = e.constant(0.0, e.F32)
         totals = [e.register(zeros) for _ in range(rows)]
         with e.loop(cells) as cell:
-            weights = _Weights(e, layout, packed, cell)
+            weights = Weights(e, layout, packed, cell)
             cell_x = x.at(cell * (4 * CELL * rows))
             for part in range(parts):
                 products = [zeros] * rows

@@ -25,6 +25,13 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
+def _from_a_line_on(size: int) -> np.ndarray:
+    """So many bytes that begin with a cache line: vectors that lie across two take twice as long."""
+    memory = np.empty(size + 63, np.uint8)
+    first = -memory.ctypes.data % 64
+    return memory[first : first + size]
+
+
 def scratch(purpose: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """An array with any content, valid until this thread asks for one for the same purpose again.
 
@@ -32,8 +39,8 @@ def scratch(purpose: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if is_recording() or size > _LIMIT:
-        return np.empty(shape, dtype)
+        return _from_a_line_on(size).view(dtype).reshape(shape)
     memory = _kept.memory.get(purpose)
     if memory is None or memory.nbytes < size:
-        memory = _kept.memory[purpose] = np.empty(size, np.uint8)
+        memory = _kept.memory[purpose] = _from_a_line_on(size)
     return memory[:size].view(dtype).reshape(shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
@@ -19,6 +21,8 @@ class Target(NamedTuple):
     """bf16 pair dot products in one instruction."""
     vbmi: bool
     """Bytes are looked up among 64 in one instruction, which takes no more of an index than it needs."""
+    amx: bool
+    """There are tile registers for bfloat16, see `qattn.cpu.amx`."""
     rows: int
     """Rows of activations that a micro-kernel keeps in registers: what is left beside weights and scales."""
 
@@ -33,17 +37,25 @@ def _features() -> set[str]:
     return {word[1:] for word in text.split(",") if word.startswith("+")}
 
 
+def _has_amx(features: set[str]) -> bool:
+    """Whether the CPU has tile registers and the system lets this process use them: Linux wants to be asked."""
+    if not {"amx-tile", "amx-bf16", "avx512bf16"} <= features or not sys.platform.startswith("linux"):
+        return False
+    arch_prctl, permit, tile_data = 158, 0x1023, 18  # numbers of Linux's ABI
+    return ctypes.CDLL(None).syscall(arch_prctl, permit, tile_data) == 0
+
+
 def _detect() -> Target:
     has = _features()
     triple = llvm.get_process_triple()
     if triple.startswith("x86_64"):
         if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"} <= has and "avx512vnni" in has:
-            return Target("avx512", True, "avx512bf16" in has, "avx512vbmi" in has, 12)
+            return Target("avx512", True, "avx512bf16" in has, "avx512vbmi" in has, _has_amx(has), 12)
         if {"avx2", "fma", "f16c"} <= has:
-            return Target("avx2", "avxvnni" in has, False, False, 4)
+            return Target("avx2", "avxvnni" in has, False, False, False, 4)
     if triple.startswith(("aarch64", "arm64")) and "dotprod" in has:
-        return Target("neon", True, False, False, 4)
-    return Target("plain", False, False, False, 4)
+        return Target("neon", True, False, False, False, 4)
+    return Target("plain", False, False, False, False, 4)
 
 
 TARGET = _detect()

@@ -70,7 +70,7 @@ class Decoder:
         cls,
         model: GGUFFile | str | os.PathLike[str],
         *,
-        precision: Precision = "int8",
+        precision: Precision = "fast",
         cache_dtype: str | None = None,
         hadamard: bool = False,
         max_length: int | None = None,
@@ -82,7 +82,7 @@ class Decoder:
         Parameters
         ----------
         model : an open file, or a path
-        precision : "int8" or "exact"
+        precision : "fast", "int8" or "exact"
             See `qattn.matmul`.
         cache_dtype : str, optional
             Of the KV caches, see `qattn.KVCacheParams`; by default bfloat16, or float32 for precision "exact".

@@ -44,7 +44,7 @@ class Model:
         cls,
         model: GGUFFile | str | os.PathLike[str],
         *,
-        precision: Precision = "int8",
+        precision: Precision = "fast",
         cache_dtype: str | None = None,
         hadamard: bool = False,
         max_length: int | None = None,

@@ -1,0 +1,125 @@
+"""Tile registers, and the unit that multiplies them: Intel's AMX.
+
+There are eight, of 16 rows of 64 bytes.  One instruction adds to a tile C of 16 × 16 float32 the products of a tile A
+of 16 × 32 bfloat16, which lies row by row, with a tile B of 32 × 16, whose columns lie side by side in pairs of rows:
+16 vectors of 16 lanes, a pair a lane.  It takes 16 cycles for 8192 products; vectors of 16 pairs take some 300.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils
+
+from qattn.cpu.simd import LANES, Emitter, Pointer, Value
+from qattn.cpu.target import TARGET
+
+ROWS = 16  # of A and C
+DEPTH = 32  # columns of A
+BYTES = 1024  # of a tile
+PAIRS = DEPTH // 2  # rows of B, as it lies in memory
+_NOTHING = ir.VoidType()
+
+
+class Tile:
+    """One of the registers; on other machines 1 KiB of the stack, and loops, so that what uses it can be tested there.
+
+    rows, words : how many rows of how many words of 4 bytes it has
+    """
+
+    def __init__(self, e: Emitter, number: int, rows: Value | int = ROWS, words: Value | int = 16) -> None:
+        self.e, self._number, self.rows, self._words = e, Value(e, ir.IntType(8)(number)), rows, words
+        self._memory = None if TARGET.amx else _stacked(e, BYTES)
+
+    def clear(self) -> None:
+        if self._memory is None:
+            self.e.intrinsic("llvm.x86.tilezero", _NOTHING, self._number)
+            return
+        for row in range(ROWS):
+            self._memory.at(64 * row).store(self.e.constant(0, self.e.I32V))
+
+    def load(self, there: Pointer, stride: Value | int = 64) -> None:
+        """Rows that lie `stride` bytes apart."""
+        if self._memory is None:
+            self._move("llvm.x86.tileloadd64", there, stride)
+        else:
+            self._copy((there, stride), (self._memory, 64))
+
+    def store(self, there: Pointer, stride: Value | int = 64) -> None:
+        if self._memory is None:
+            self._move("llvm.x86.tilestored64", there, stride)
+        else:
+            self._copy((self._memory, 64), (there, stride))
+
+    def add_products(self, a: Tile, b: Tile) -> None:
+        """C += A @ B.  Even and odd columns are summed apart, each in order; denormals count as 0."""
+        e = self.e
+        if self._memory is None or a._memory is None or b._memory is None:
+            e.intrinsic("llvm.x86.tdpbf16ps", _NOTHING, self._number, a._number, b._number)
+            return
+        with e.loop(ROWS) as row:
+            there = self._memory.at(row * 64)
+            total = e.register(there.load(e.F32))
+            with e.loop(b.rows) as pair:
+                left = a._memory.at(row * 64).at(pair * 4).load(e.I32).splat(e.I32V)
+                total.set(e.dot2_bf16(total.get(), b._memory.at(pair * 64).load(e.I32V), left))
+            there.store(total.get())
+
+    def _move(self, name: str, there: Pointer, stride: Value | int) -> None:
+        stride = stride if isinstance(stride, Value) else self.e.constant(stride, self.e.I64)
+        self.e.intrinsic(name, _NOTHING, self._number, Value(self.e, there.ir), stride)
+
+    def _copy(self, source: tuple[Pointer, Value | int], target: tuple[Pointer, Value | int]) -> None:
+        with self.e.loop(self.rows) as row, self.e.loop(self._words) as word:
+            (old, new) = (there.at(row * stride).at(word * 4) for there, stride in (source, target))
+            new.store(old.load(self.e.I32))
+
+
+def _stacked(e: Emitter, size: int) -> Pointer:
+    """So many bytes of the stack."""
+    return Pointer(e, e.builder.bitcast(cgutils.alloca_once(e.builder, e.bytes(size)), e.I8.as_pointer()))
+
+
+@contextlib.contextmanager
+def tiles(e: Emitter, last: Value | None = None) -> Iterator[list[Tile]]:
+    """The registers, for a while; afterwards they are shaped as before, though empty.
+
+    Others may rely on that (llama.cpp shapes them once for each thread), and where nobody else uses them the system
+    need not save them.
+
+    last : how many pairs, 1 … 16, numbers 5, a tile A, and 7, a tile B, have instead of 16
+    """
+    registers = [Tile(e, number) for number in range(8)]
+    if last is not None:
+        registers[5], registers[7] = Tile(e, 5, words=last), Tile(e, 7, rows=last)
+    if not TARGET.amx:
+        yield registers
+        return
+    shape = np.zeros(64, np.uint8)  # "palette 1"; at 16 each register's bytes of a row, uint16; at 48 its rows
+    shape[0], shape[16:32:2], shape[48:56] = 1, 64, ROWS
+    before, there = _stacked(e, 64), _stacked(e, 64)
+    e.intrinsic("llvm.x86.sttilecfg", _NOTHING, Value(e, before.ir))
+    there.store(e.constant(shape, e.U8))
+    if last is not None:
+        there.at(16 + 2 * 5).store((last << 2).to(e.I8))
+        there.at(48 + 7).store(last.to(e.I8))
+    e.intrinsic("llvm.x86.ldtilecfg", _NOTHING, Value(e, there.ir))
+    yield registers
+    e.intrinsic("llvm.x86.ldtilecfg", _NOTHING, Value(e, before.ir))
+
+
+def bf16_pairs(e: Emitter, low: Value, high: Value) -> Value:
+    """Two vectors of 16 bfloat16, as int16, side by side: lanes of pairs."""
+    return low.joined(high).lanes(*(lane + LANES * half for lane in range(LANES) for half in range(2)))
+
+
+@numba.njit
+def aligned(size):  # type: ignore[no-untyped-def]
+    """So many bytes from the start of a cache line on: rows of tiles that lie across two take twice as long."""
+    memory = np.empty(size + 63, np.uint8)
+    first = -memory.ctypes.data % 64
+    return memory[first : first + size]
