@@ -85,17 +85,13 @@ def _stacked(e: Emitter, size: int) -> Pointer:
 
 
 @contextlib.contextmanager
-def tiles(e: Emitter, last: Value | None = None) -> Iterator[list[Tile]]:
-    """The registers, for a while; afterwards they are shaped as before, though empty.
+def tiles(e: Emitter, depth: Value | int = PAIRS) -> Iterator[list[Tile]]:
+    """The registers, for a while: numbers 0 … 3 for C, 4 and 5 for A, 6 and 7 for B; these are `depth` pairs deep.
 
-    Others may rely on that (llama.cpp shapes them once for each thread), and where nobody else uses them the system
-    need not save them.
-
-    last : how many pairs, 1 … 16, numbers 5, a tile A, and 7, a tile B, have instead of 16
+    Afterwards they are shaped as before, though empty.  Others may rely on that (llama.cpp shapes them once for each
+    thread), and where nobody else uses them the system need not save them.
     """
-    registers = [Tile(e, number) for number in range(8)]
-    if last is not None:
-        registers[5], registers[7] = Tile(e, 5, words=last), Tile(e, 7, rows=last)
+    registers = [Tile(e, n, rows=depth if n >= 6 else ROWS, words=depth if n in (4, 5) else 16) for n in range(8)]
     if not TARGET.amx:
         yield registers
         return
@@ -104,9 +100,10 @@ def tiles(e: Emitter, last: Value | None = None) -> Iterator[list[Tile]]:
     before, there = _stacked(e, 64), _stacked(e, 64)
     e.intrinsic("llvm.x86.sttilecfg", _NOTHING, Value(e, before.ir))
     there.store(e.constant(shape, e.U8))
-    if last is not None:
-        there.at(16 + 2 * 5).store((last << 2).to(e.I8))
-        there.at(48 + 7).store(last.to(e.I8))
+    pairs = depth if isinstance(depth, Value) else e.constant(depth, e.I64)
+    for a, b in ((4, 6), (5, 7)):
+        there.at(16 + 2 * a).store((pairs << 2).to(e.I8))
+        there.at(48 + b).store(pairs.to(e.I8))
     e.intrinsic("llvm.x86.ldtilecfg", _NOTHING, Value(e, there.ir))
     yield registers
     e.intrinsic("llvm.x86.ldtilecfg", _NOTHING, Value(e, before.ir))

@@ -1,60 +1,95 @@
 """Attention over a bfloat16 cache, in tile registers: what `qattn.cpu.attend_sides` needs of keys and of values.
 
-A tile of 16 keys, pairs of whose elements lie side by side, is a column of tiles B, and so are two tiles of values for
-16 elements, once they lie behind each other.  Queries, and the weights, are tiles A: rows of bfloat16.  Rows come in
-blocks of 16; what lies beyond the last row in its block is computed with it, and nobody reads the results.
+A tile of 16 keys, pairs of whose elements lie side by side, is a column of tiles B; 16 values are a row of tiles B half
+as deep.  Queries, and the weights, are tiles A: rows of bfloat16.  Rows come in blocks of 16; what lies beyond the last
+row in its block is computed with it, and nobody reads the results.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 
+from qattn.cpu import attend_tiles
 from qattn.cpu._jit import generated
-from qattn.cpu.amx import BYTES, DEPTH, PAIRS, ROWS, Tile, tiles
-from qattn.cpu.attend_tiles import AHEAD, KEY_BLOCK
+from qattn.cpu.amx import DEPTH, PAIRS, ROWS, tiles
+from qattn.cpu.attend_tiles import KEY_BLOCK
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 
-_TOGETHER = 3  # blocks of rows that share a tile B: as many sums as hide the time that one product takes
+
+class _Matrix(NamedTuple):
+    """Where tiles lie: bytes from row to row of one, to the next tile below or along the sum, and to that beside it."""
+
+    start: Pointer
+    row: Value | int
+    step: Value | int
+    beside: Value | int
+
+    def at(self, step: Value, number: Value) -> Pointer:
+        return self.start.at(step * self.step).at(number * self.beside)
 
 
-def _products(
-    e: Emitter, tile: list[Tile], blocks: Value, a: Pointer, b: Pointer, c: Pointer, strides: tuple[Value | int, int],
-    pairs: Value, add: bool,
-) -> None:  # fmt: skip
-    """C (blocks · 16, 16) = A @ B, or += with `add`: A (…, 2 · pairs), B (pairs, 16, 2), by tiles with a `last` one.
+class _Shape(NamedTuple):
+    """Of a product of tiles."""
 
-    strides : bytes from row to row of A, and of C
+    blocks: Value
+    """Blocks of 16 rows of A and C."""
+    columns: Value
+    """Columns of tiles of B and C."""
+    steps: Value
+    """Tiles along the sum."""
+    depth: Value | int
+    """Pairs that each of them is deep."""
+
+
+def _products(e: Emitter, shape: _Shape, a: _Matrix, b: _Matrix, c: _Matrix, add: bool, ahead: Value) -> None:
+    """C = A @ B, or += with `add`: two by two tiles, so that each one loaded is multiplied twice.
+
+    ahead : bytes from a tile B to what to ask memory for meanwhile, or 0
     """
-    whole, (a_stride, c_stride) = (pairs - 1) >> 4, strides
+    with tiles(e, shape.depth) as registers:
+        left, right, sums = registers[4:6], registers[6:8], [registers[0:2], registers[2:4]]
 
-    def some(count: int, first: Value) -> None:
-        left = [a.at((first + i) * ROWS * a_stride) for i in range(count)]
-        out = [c.at((first + i) * (ROWS * c_stride)) for i in range(count)]
-        for i in range(count):
-            tile[i].load(out[i], c_stride) if add else tile[i].clear()
-        with e.loop(whole) as step:
-            tile[6].load(b.at(step * BYTES))
-            for i in range(count):
-                tile[3 + i % 2].load(left[i].at(step * (2 * DEPTH)), a_stride)
-                tile[i].add_products(tile[3 + i % 2], tile[6])
-        tile[7].load(b.at(whole * BYTES))
-        for i in range(count):
-            tile[5].load(left[i].at(whole * (2 * DEPTH)), a_stride)
-            tile[i].add_products(tile[5], tile[7])
-            tile[i].store(out[i], c_stride)
+        def some(rows: int, columns: int, block: Value, column: Value) -> None:
+            outputs = [(sums[i][j], c.at(block + i, column + j)) for i in range(rows) for j in range(columns)]
+            for total, there in outputs:
+                total.load(there, c.row) if add else total.clear()
+            with e.loop(shape.steps) as step:
+                for j in range(columns):
+                    there = b.at(step, column + j)
+                    right[j].load(there, b.row)
+                    with e.when(ahead.compare("!=", 0)), e.loop(shape.depth) as line:
+                        e.prefetch(there.at(ahead).at(line * 64), near=False)
+                for i in range(rows):
+                    left[i].load(a.at(step, block + i), a.row)
+                    for j in range(columns):
+                        sums[i][j].add_products(left[i], right[j])
+            for total, there in outputs:
+                total.store(there, c.row)
 
-    full = blocks / _TOGETHER
-    with e.loop(full) as group:
-        some(_TOGETHER, group * _TOGETHER)
-    for count in range(1, _TOGETHER):
-        with e.when((blocks - full * _TOGETHER).compare("==", count)):
-            some(count, full * _TOGETHER)
+        for columns, column in _by_twos(e, shape.columns):
+            for rows, block in _by_twos(e, shape.blocks):
+                some(rows, columns, block, column)
 
 
-def _last(pairs: Value) -> Value:
-    """Pairs of the last tile."""
-    return ((pairs - 1) & (PAIRS - 1)) + 1
+def _by_twos(e: Emitter, count: Value) -> Iterator[tuple[int, Value]]:
+    """The bodies of a loop over `count`: for two at once and where they begin, then for one that is left."""
+    with e.loop(count >> 1) as i:
+        yield 2, i * 2
+    with e.when((count & 1).compare("==", 1)):
+        yield 1, count - 1
+
+
+@generated("amx")
+def _depth(pairs):  # type: ignore[no-untyped-def]
+    """How deep tiles are: the most, up to 16 pairs, that so many pairs are a multiple of."""
+    depth = PAIRS
+    while pairs % depth:
+        depth -= 1
+    return depth
 
 
 # ---------------------------------------------------------------------------------------------------------- keys
@@ -69,14 +104,12 @@ def _round_query(e, q, row, scale, vectors):  # type: ignore[no-untyped-def]
 
 
 @micro_kernel
-def _scores(e, panel, keys, scores, blocks, key_tiles, tile_bytes, pairs, row_bytes, fetch):  # type: ignore[no-untyped-def]
+def _scores(e, panel, keys, scores, blocks, key_tiles, tile_bytes, depth, steps, row_bytes, ahead):  # type: ignore[no-untyped-def]
     """Rows of queries times tiles of keys → scores, a row every KEY_BLOCK floats."""
-    with tiles(e, _last(pairs)) as registers, e.loop(key_tiles) as number:
-        there = keys.at(number * tile_bytes)
-        with e.when(fetch.compare("!=", 0)), e.loop(tile_bytes >> 6) as line:
-            e.prefetch(there.at(line * 64).at(AHEAD), near=False)
-        out = scores.at(number * (4 * LANES))
-        _products(e, registers, blocks, panel, there, out, (row_bytes, 4 * KEY_BLOCK), pairs, add=False)
+    a = _Matrix(panel, row_bytes, depth * 4, row_bytes * ROWS)
+    b = _Matrix(keys, 64, depth * 64, tile_bytes)
+    c = _Matrix(scores, 4 * KEY_BLOCK, ROWS * 4 * KEY_BLOCK, 4 * LANES)
+    _products(e, _Shape(blocks, key_tiles, steps, depth), a, b, c, False, ahead)
 
 
 @generated("amx")
@@ -88,34 +121,26 @@ def row_words(head_dim):  # type: ignore[no-untyped-def]
 @generated("amx")
 def load(q, s, row, rows, scale):  # type: ignore[no-untyped-def]
     """Put a query, (head_dim,) float32, times `scale` into row `row` of `rows`."""
-    words = row_words(q.size)
-    for d in range(2 * words):
-        s.query[d] = q[d] if d < q.size else np.float32(0)
-    _round_query((s.query, s.panel[row * words :], scale, 2 * words // LANES))
+    words, whole = row_words(q.size), q.size // DEPTH
+    _round_query((q, s.panel[row * words :], scale, 2 * whole))
+    if whole * PAIRS < words:
+        for d in range(DEPTH):
+            s.query[d] = q[whole * DEPTH + d] if whole * DEPTH + d < q.size else np.float32(0)
+        _round_query((s.query, s.panel[row * words + whole * PAIRS :], scale, 2))
 
 
 @generated("amx")
 def score(s, rows, keys, values, key_tiles, head_dim, fetch):  # type: ignore[no-untyped-def]
     """s.scores of the first so many tiles: see `qattn.cpu.attend_sides.Keys`."""
-    few = rows < TARGET.rows  # memory binds
-    blocks, tile_bytes = (rows + ROWS - 1) // ROWS, 2 * keys.shape[1]
-    _scores((s.panel, keys, s.scores, blocks, key_tiles, tile_bytes, (head_dim + 1) // 2, 4 * row_words(head_dim),
-             1 if few else 0))  # fmt: skip
+    blocks, tile_bytes, pairs = (rows + ROWS - 1) // ROWS, 2 * keys.shape[1], (head_dim + 1) // 2
+    few, depth = rows < TARGET.rows, _depth(pairs)  # where memory binds
+    if few and fetch:
+        attend_tiles.fetch((values, 0, key_tiles * 2 * values.shape[1]))
+    _scores((s.panel, keys, s.scores, blocks, key_tiles, tile_bytes, depth, pairs // depth, 4 * row_words(head_dim),
+             key_tiles * tile_bytes if few else 0))  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- values
-
-
-@micro_kernel
-def _copy(e, values, out, key_tiles, slices, tile_bytes, ahead):  # type: ignore[no-untyped-def]
-    """Tiles of values, slice by slice, so that the keys of a slice follow each other."""
-    half = BYTES // 2
-    with e.loop(key_tiles) as number, e.loop(slices) as part:
-        there = values.at(number * tile_bytes).at(part * half)
-        for line in range(half // 64):
-            with e.when(ahead.compare("!=", 0)):
-                e.prefetch(there.at(64 * line).at(ahead), near=False)
-            out.at(part * (2 * LANES * KEY_BLOCK)).at(number * half).at(64 * line).store(there.at(64 * line).load(e.U8))
 
 
 @micro_kernel
@@ -129,11 +154,12 @@ def _rescale(e, out, factors, rows, slices, slice_bytes):  # type: ignore[no-unt
 
 
 @micro_kernel
-def _add(e, weights, values, out, blocks, slices, pairs, slice_bytes):  # type: ignore[no-untyped-def]
-    """out += rows of weights times values, slice by slice."""
-    with tiles(e, _last(pairs)) as registers, e.loop(slices) as part:
-        there, to = values.at(part * (2 * LANES * KEY_BLOCK)), out.at(part * slice_bytes)
-        _products(e, registers, blocks, weights, there, to, (2 * KEY_BLOCK, 4 * LANES), pairs, add=True)
+def _add(e, weights, values, out, blocks, slices, key_tiles, tile_bytes, slice_bytes, ahead):  # type: ignore[no-untyped-def]
+    """out += rows of weights times tiles of values, slice by slice."""
+    a = _Matrix(weights, 2 * KEY_BLOCK, 2 * LANES, ROWS * 2 * KEY_BLOCK)
+    b = _Matrix(values, 64, tile_bytes, 2 * LANES * LANES)
+    c = _Matrix(out, 4 * LANES, ROWS * 4 * LANES, slice_bytes)
+    _products(e, _Shape(blocks, slices, key_tiles, LANES // 2), a, b, c, True, ahead)
 
 
 @generated("amx")
@@ -147,6 +173,5 @@ def add(s, rows, values, key_tiles, follow, value_dim):  # type: ignore[no-untyp
     """s.out = s.out · s.factor + weights times the first so many tiles: see `qattn.cpu.attend_sides.Values`."""
     slices, tile_bytes, slice_bytes = slices_of(value_dim), 2 * values.shape[1], 4 * LANES * s.row_max.size
     ahead = key_tiles * tile_bytes if follow and rows < TARGET.rows else 0  # where memory binds
-    _copy((values, s.copied, key_tiles, slices, tile_bytes, ahead))
     _rescale((s.out, s.factor, rows, slices, slice_bytes))
-    _add((s.weights, s.copied, s.out, (rows + ROWS - 1) // ROWS, slices, key_tiles * (LANES // 2), slice_bytes))
+    _add((s.weights, values, s.out, (rows + ROWS - 1) // ROWS, slices, key_tiles, tile_bytes, slice_bytes, ahead))

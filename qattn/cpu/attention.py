@@ -70,8 +70,6 @@ class _Scratch(NamedTuple):
     factor: np.ndarray
     query: np.ndarray
     """A query padded to whole blocks; afterwards a row of weights."""
-    copied: np.ndarray
-    """Values of a block of keys, slice by slice; empty where they are used as they lie."""
     rounded: np.ndarray
     """Weights as bytes, with a unit and a constant for each row."""
     units: np.ndarray
@@ -79,7 +77,7 @@ class _Scratch(NamedTuple):
 
 
 @numba.njit
-def _scratch(rows, row_words, slices, copied, head_dim):  # type: ignore[no-untyped-def]
+def _scratch(rows, row_words, slices, head_dim):  # type: ignore[no-untyped-def]
     rows += LANES  # since the last block may reach further
     weights = aligned(4 * rows * KEY_BLOCK).view(np.float32)
     weights[:] = 0
@@ -92,7 +90,6 @@ def _scratch(rows, row_words, slices, copied, head_dim):  # type: ignore[no-unty
         np.empty(rows, np.float32),
         np.ones(rows, np.float32),
         np.zeros(max(KEY_BLOCK, head_dim + BLOCK), np.float32),
-        aligned(copied),
         np.empty(rows * KEY_BLOCK, np.uint8),
         np.zeros(rows, np.float32),
         np.zeros(rows, np.float32),
@@ -228,7 +225,6 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
     run_job = _job(keys, values, mask, mask_name, name)
     ranges_of = _ranges(_method(mask, "bounds", mask_name), mask_name)
     row_words, slices_of = attend_sides.keys(keys).row_words, attend_sides.values(values).slices
-    copies = values.compute == "amx"
 
     @kernel(name, stable=is_ours(mask))
     def run(q, cache, row_offsets, lengths, logits, mask, out, lse, partial, part, parts):  # type: ignore[no-untyped-def]
@@ -244,8 +240,7 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
         most = 1  # tokens of a job
         for j in range(jobs.shape[0]):
             most = max(most, jobs[j, 3])
-        copied = 2 * LANES * KEY_BLOCK * slices if copies else 0
-        s = _scratch(most * group, row_words(q.shape[2]), slices, copied, q.shape[2])
+        s = _scratch(most * group, row_words(q.shape[2]), slices, q.shape[2])
         # In prompts, later jobs see more keys.  Single tokens read memory that follows what was read before.
         for j in share(jobs.shape[0], part, parts) if most == 1 else range(part, jobs.shape[0], parts):
             job = jobs[j]
@@ -285,7 +280,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
     softmax = attend_tiles.some_rows(attend_tiles.softmax_kernel, values)
     masked_softmax = attend_tiles.softmax_kernel(values, 1, masked=True)
     bounds, adjust = _method(mask, "bounds", mask_name), _adjust(mask, mask_name)
-    half_weights = values.halves
+    half_weights, chosen = values.halves, hasattr(mask, "sees")
 
     @generated(name)
     def begin(job, q, cache, position, length, logits, mask, group, s):  # type: ignore[no-untyped-def]
@@ -314,6 +309,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
         head, token, rows, page_keys = job[1], job[2], job[3] * group, cache.keys.shape[2] * LANES
         weights = s.weights.view(np.uint16) if half_weights else s.weights
         low, high = begin(job, q, cache, position, length, logits, mask, group, s)
+        adjusts = chosen or logits.cap > 0 or logits.slopes.size + logits.distances.size + logits.bias.size > 0
         start = low
         while start < high:
             stop = min(high, start // KEY_BLOCK * KEY_BLOCK + KEY_BLOCK)
@@ -325,7 +321,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
             for i in range(job[3]):
                 first, end = bounds(mask, position + i, length)
                 first, end, row = first - start, min(end, job[5]) - start, i * group
-                for one in range(row, row + group):
+                for one in range(row, row + group if adjusts else row):
                     adjust(s.scores[one * KEY_BLOCK :], tiles, first, end, start, position + i, token + i,
                            head * group + one % group, logits, mask)  # fmt: skip
                 hides, last = first > 0 or end < tiles * LANES, row + group
