@@ -54,10 +54,11 @@ class Weights:
             self._vectors[number] = self._cell_codes.at(64 * number).load(self.e.I32V)
         return self._vectors[number]
 
-    def prefetch(self, ahead: int) -> None:
-        """Ask for the codes that lie so many bytes further on, in this tile or the next."""
+    def prefetch(self, rows: int) -> None:
+        """Ask for codes that lie further on, in this tile or the next; furthest where memory alone binds."""
+        ahead = _AHEAD_ONE if rows == 1 else _AHEAD
         for line in range(self.layout.bits):
-            self.e.prefetch(self._cell_codes.at(ahead + 64 * line))
+            self.e.prefetch(self._cell_codes.at(ahead + 64 * line), near=rows > 1)
 
     def scale(self, part: int) -> Value:
         return self._scaled(self._scales, self._steps, part)
@@ -108,7 +109,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
             def quad_x(quad: int, m: int, cell_x: Pointer = cell_x) -> Value:
                 return cell_x.at(4 * (quad * rows + m)).load(e.I32).splat(e.I32V)
 
-            weights.prefetch(_AHEAD)
+            weights.prefetch(rows)
             products = [zeros] * rows
             for part in range(parts):
                 group_at = (slot * parts + part) * (4 * rows)
@@ -325,7 +326,7 @@ def product_each(layout: Layout, exact: bool) -> Kernel:
     return run
 
 
-_AHEAD = 8192  # bytes; the hardware's own prefetch ends with each page of 4096
+_AHEAD, _AHEAD_ONE = 8192, 16384  # bytes; the hardware's own prefetch ends with each page of 4096
 _CACHE = 1 << 19  # bytes of int8 activations that stay in a core's second-level cache while tiles pass by
 
 
