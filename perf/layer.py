@@ -58,7 +58,8 @@ class Bench:
 
     def _floor(self, rows: int, kv_bytes: int, tokens: int, depth: int) -> float:
         """Seconds for the projections, and for attention after them."""
-        products, _ = self.limits.floor(read=self.bytes, dot4=2 * rows * SHAPE.weights)
+        kind = roofline.kind_of_products(rows)
+        products, _ = self.limits.floor(read=self.bytes, **{kind: 2 * rows * SHAPE.weights})
         operations = rows // tokens * SHAPE.attention_ops(tokens, depth)
         return products + self.limits.floor(read=kv_bytes, bf16=operations)[0]
 

@@ -27,7 +27,7 @@ def measure(name: str, shape: tuple[int, int], tokens: int, exact: bool, args) -
     precision = "exact" if exact else "fast"
     time = harness.measure(harness.in_turn(matrices, lambda w: qattn.matmul(x, w, precision=precision)), args.rounds)
     operations = 2 * tokens * shape[0] * shape[1]
-    kind = "f32" if exact or formats.get(name).is_float else "dot4"
+    kind = "f32" if exact or formats.get(name).is_float else roofline.kind_of_products(tokens)
     floor, bound = limits.floor(read=first.nbytes, **{kind: operations})
     return {
         "format": name,

@@ -21,6 +21,8 @@ import numba
 import numpy as np
 from llvmlite import ir
 
+from qattn.cpu.amx import tiles
+from qattn.cpu.amx_matmul import LEAST
 from qattn.cpu.dots import Dots
 from qattn.cpu.simd import Emitter, Value, micro_kernel
 from qattn.cpu.target import TARGET
@@ -33,7 +35,7 @@ ROUNDS = 40  # of single calls, of which the fastest counts: a limit is what was
 
 
 class Limits(NamedTuple):
-    """GB/s of memory, and GFLOP/s (two for each product that is added) of the dot products."""
+    """GB/s of memory, and GFLOP/s (two for each product that is added) of the dot products; bf16 in tiles, if any."""
 
     read: float
     write: float
@@ -116,6 +118,27 @@ def _peak(step: Callable[[Emitter, Value, Value, list[Value]], Value], of_floats
     return run
 
 
+def _tile_peak() -> Any:
+    """Repeat products in tile registers, of four independent sums."""
+
+    @micro_kernel
+    def repeat(e, data, out, count):  # type: ignore[no-untyped-def]
+        with tiles(e) as tile:
+            for each in tile:
+                each.load(data)
+            with e.loop(count):
+                for n in range(4):
+                    tile[n].add_products(tile[4 + n // 2], tile[6 + n % 2])
+            tile[0].store(out)
+
+    @numba.njit(parallel=True)
+    def run(data, out, count, threads):  # type: ignore[no-untyped-def]
+        for t in numba.prange(threads):
+            repeat((data, out[t], count))
+
+    return run
+
+
 def _dot4(e: Emitter, total: Value, left: Value, rights: list[Value]) -> Value:
     dots = Dots(e, [total], len(rights), 15)
     for right in rights:
@@ -144,7 +167,9 @@ def measure(counts: list[int]) -> dict[int, Limits]:
     ones, out = _aligned(16 * LINE), np.zeros((max(counts), 16 * LINE), np.uint8)
     ones.view(np.float32)[:] = 1
     readers, writers = [_reader(n) for n in (1, 2, 4)], [_writer(streaming) for streaming in (False, True)]
-    peaks = [(_peak(step, name != "dot4"), ops) for name, (step, ops) in _PEAKS.items()]
+    peaks = {name: (_peak(step, name != "dot4"), TURNS * SUMS * ops) for name, (step, ops) in _PEAKS.items()}
+    if TARGET.amx:
+        peaks["bf16"] = _tile_peak(), 4 * 2 * 16 * 16 * 32
 
     def best(runs: list[Any], *args: Any) -> float:
         """Seconds of the fastest, at its fastest."""
@@ -155,7 +180,7 @@ def measure(counts: list[int]) -> dict[int, Limits]:
     for n in counts:
         numba.set_num_threads(n)
         bandwidths = (best(readers, data, out, n), best(writers, data, np.float32(1), n))
-        speeds = [n * repeats * TURNS * SUMS * ops / best([run], ones, out, repeats, n) / 1e9 for run, ops in peaks]
+        speeds = [n * repeats * ops / best([run], ones, out, repeats, n) / 1e9 for run, ops in peaks.values()]
         found[n] = Limits(*(data.size / seconds / 1e9 for seconds in bandwidths), *speeds)
     return found
 
@@ -188,6 +213,11 @@ def all_limits(counts: list[int], fresh: bool = False) -> dict[int, Limits]:
 def _cache_file() -> Path:
     about = {key: value for key, value in harness.machine(0).items() if key not in ("date", "commit", "threads")}
     return cache_directory() / f"roofline-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+
+
+def kind_of_products(tokens: int) -> str:
+    """What packed weights are multiplied in."""
+    return "bf16" if TARGET.amx and tokens >= LEAST else "dot4"
 
 
 def main() -> None:

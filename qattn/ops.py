@@ -60,8 +60,8 @@ def matmul(
         "int8" rounds x to 8 bits with a scale per 32 columns, and once more what that leaves over beside an outlier
         (normalized mean squared error at most 5e-4, 3e-5 on Gaussian x).  "exact" computes in float32.  "fast" is
         "int8", but for 40 rows or more on a CPU with tile registers (Intel's AMX): there both factors are rounded to
-        bfloat16, which takes half the time and errs less (1e-5).  Weights that are floats are always multiplied in
-        float32.
+        bfloat16, which takes half the time and errs less (1e-5).  Weights that are floats are multiplied in float32,
+        but for bfloat16 ones in tiles.
 
     Returns
     -------

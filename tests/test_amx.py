@@ -44,10 +44,18 @@ def test_products_agree_with_float64_at_any_shape(w, tokens, seed):
 
 
 def test_weights_of_several_formats_and_floats_go_where_they_belong():
-    rows = {"Q4_0": 5, "F32": 3, "Q6_K": 70, "IQ2_XXS": 40}
+    rows = {"Q4_0": 5, "F32": 3, "Q6_K": 70, "BF16": 40}
     w = np.concatenate([random_weights(name, count, 256) for name, count in rows.items()])
     x = normal((50, 256))
     assert nmse(qattn.matmul(x, w), x.astype(np.float64) @ np.asarray(w, np.float64).T) < BF16_NMSE
+
+
+@pytest.mark.parametrize("columns", [64, 70])
+def test_bfloat16_weights_are_not_rounded(columns):
+    w, x = random_weights("BF16", 37, columns), normal((45, columns))
+    x = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)  # nor are such activations
+    want = x.astype(np.float64) @ np.asarray(w, np.float64).T
+    assert nmse(qattn.matmul(x, w), want) < 1e-11
 
 
 def test_a_row_does_not_depend_on_its_neighbours_nor_on_threads():

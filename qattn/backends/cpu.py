@@ -43,16 +43,17 @@ def unpack(part: Part, out: Array) -> None:
 
 def multiply(x: Array, matrix: PackedMatrix, out: Array, precision: str) -> None:
     """out = x @ matrix.T: x (tokens, columns) and out (tokens, rows), float32, C-contiguous."""
-    if TARGET.amx and precision == "fast" and len(x) >= amx_matmul.LEAST:
-        _multiply_by_amx(x, [part for part in matrix.parts if part.layout.bits < 16], out)
-        _multiply_by_rows(x, [part for part in matrix.parts if part.layout.bits >= 16], out, exact=False)
-    else:
-        _multiply_by_rows(x, matrix.parts, out, exact=precision == "exact")
+    by_amx = TARGET.amx and precision == "fast" and len(x) >= amx_matmul.LEAST
+    taken: list[Part] = []
+    others: list[Part] = []
+    for part in matrix.parts:
+        (taken if by_amx and amx_matmul.takes(part.layout, x.shape[1]) else others).append(part)
+    if taken:
+        _multiply_by_amx(x, taken, out)
+    _multiply_by_rows(x, others, out, precision == "exact")
 
 
 def _multiply_by_amx(x: Array, matrix_parts: Sequence[Part], out: Array) -> None:
-    if not matrix_parts:
-        return
     rounded = amx_matmul.room(*x.shape)
     amx_matmul.round_rows(x, rounded, parts=_parts_of(len(x), TARGET.rows))
     for part in matrix_parts:
@@ -60,7 +61,7 @@ def _multiply_by_amx(x: Array, matrix_parts: Sequence[Part], out: Array) -> None
         amx_matmul.product(part.layout)(part.packed, rounded, out, parts=parts)
 
 
-def _multiply_by_rows(x: Array, matrix_parts: Sequence[Part], out: Array, *, exact: bool) -> None:
+def _multiply_by_rows(x: Array, matrix_parts: Sequence[Part], out: Array, exact: bool) -> None:
     last: Any = None
     for part in matrix_parts:
         layout = part.layout

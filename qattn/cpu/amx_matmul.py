@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qattn.cpu.amx import BYTES, ROWS, aligned, bf16_pairs, tiles
+from qattn.cpu.amx import BYTES, PAIRS, ROWS, aligned, bf16_pairs, tiles
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.matmul import Weights
 from qattn.cpu.scratch import scratch
@@ -24,6 +24,11 @@ from qattn.layout import CELL, Layout
 
 LEAST = 40  # rows that are worth it: vectors multiply fewer sooner than weights are dequantized
 _CACHE = 1 << 20  # bytes of dequantized weights that stay in a core's second-level cache
+
+
+def takes(layout: Layout, columns: int) -> bool:
+    """Whether these weights are multiplied in tiles: those that rounding to bfloat16 costs no more than activations."""
+    return layout.bits < 16 or (layout.base == "bf16" and columns % CELL == 0)
 
 
 def room(rows: int, columns: int) -> np.ndarray:
@@ -53,8 +58,21 @@ def round_rows(x, out, part, parts):  # type: ignore[no-untyped-def]
                 out[block, :, m] = 0
 
 
+@micro_kernel
+def _leaves_of_bf16(e, weights, *arguments):  # type: ignore[no-untyped-def]
+    """One tile of bfloat16 weights, (K, 16) → leaves, (cells, 16, 16, 2)."""
+    *_, out, cells = arguments
+    with e.loop(cells) as cell:
+        for pair in range(PAIRS):
+            rows = weights.at(cell * (2 * CELL * LANES)).at(pair * (4 * LANES))
+            low, high = (rows.at(2 * LANES * i).load(e.I16V) for i in range(2))
+            out.at(cell * BYTES).at(64 * pair).store(bf16_pairs(e, low, high))
+
+
 def _leaves_kernel(layout: Layout) -> Any:
     """One tile of packed weights → leaves, (cells, 16, 16, 2) bfloat16."""
+    if layout.bits >= 16:
+        return _leaves_of_bf16
     parts = max(1, CELL // layout.group)
     quads = 8 // parts
 
