@@ -31,7 +31,7 @@ def test_large_matrices(gpu, name):
     np.testing.assert_array_equal(gpu.asnumpy(qattn.dequantize(there)), np.asarray(w))
     for tokens in (1, 8, 16, 700):
         x = normal((tokens, 4096), tokens)
-        assert nmse(gpu.asnumpy(qattn.matmul(gpu.asarray(x), there)), qattn.matmul(x, packed)) < 1e-9
+        assert nmse(gpu.asnumpy(qattn.matmul(gpu.asarray(x), there)), qattn.matmul(x, packed, precision="int8")) < 1e-9
 
 
 @pytest.mark.parametrize("cache", ["float16", "bfloat16", "float32"])
