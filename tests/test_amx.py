@@ -69,10 +69,13 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_threads():
         qattn.set_num_threads(before)
 
 
-def test_more_weights_than_a_cache_holds(monkeypatch):
-    w, x = random_weights("Q4_0", 16 * 9, 64), normal((40, 64))
+@pytest.mark.parametrize(("columns", "cache"), [(64, 1 << 20), (96, 3 * 1024), (160, 9 * 1024)])
+def test_chunks_and_pieces_of_weights_are_put_together(columns, cache, monkeypatch):
+    """As for thousands of columns, and more weights than a cache holds."""
+    w, x = random_weights("Q4_0", 16 * 9 + 5, columns), normal((70, columns))
     want = qattn.matmul(x, w)
-    monkeypatch.setattr(amx_matmul, "_CACHE", 3 * 2 * 1024)  # three tiles
+    monkeypatch.setattr(amx_matmul, "_CHUNK", 2)
+    monkeypatch.setattr(amx_matmul, "_CACHE", cache)
     (part,), rounded, out = qattn.PackedMatrix(w).parts, amx_matmul.room(*x.shape), np.zeros_like(want)
     amx_matmul.round_rows(x, rounded)
     run = amx_matmul.product.__wrapped__(part.layout)

@@ -57,7 +57,9 @@ def _multiply_by_amx(x: Array, matrix_parts: Sequence[Part], out: Array) -> None
     rounded = amx_matmul.room(*x.shape)
     amx_matmul.round_rows(x, rounded, parts=_parts_of(len(x), TARGET.rows))
     for part in matrix_parts:
-        parts = min(1 + part.packed.rows * x.size // _WORK_AMX, _PARTS_MANY * get_num_threads())
+        tiles = len(part.packed.codes)
+        parts = min(1 + tiles * x.size // _WORK_AMX, max(tiles // _TILES_AMX, get_num_threads()))
+        parts = min(parts, _PARTS_MANY * get_num_threads())
         amx_matmul.product(part.layout)(part.packed, rounded, out, parts=parts)
 
 
@@ -100,7 +102,8 @@ def _room(layout: Layout, exact: bool, rows: int, columns: int, copies: tuple[in
 
 
 _ALONE = 1 << 20  # bytes of weights that one thread has read before another, unless it runs already, is worth waking
-_WORK_AMX = 1 << 24  # products that take as long as a few parts' being handed out
+_WORK_AMX = 1 << 20  # tiles times activations that are worth a part
+_TILES_AMX = 8  # that share activations from the third-level cache
 _WORK = 1 << 13  # bytes of weights, read once for each block of activations, that are worth a part
 # Parts for each thread.  Memory is read fastest in long pieces; where arithmetic binds, small ones end together.
 _PARTS_FEW, _PARTS_MANY = 4, 16

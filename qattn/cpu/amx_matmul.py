@@ -5,7 +5,8 @@ Both are rounded to bfloat16 here, and their products summed in float32: a tile 
 offsets are in the weights then, so that nothing has to be done between two leaves, where integers would have to be
 taken out of the registers and scaled.
 
-A thread dequantizes as many tiles as fill half its second-level cache, then lets all activations pass by.
+A thread dequantizes as many tiles as fill half its second-level cache, then lets all activations pass by.  Long rows
+are cut into chunks, between which sums go to memory, so that enough tiles share each activation that passes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qattn.cpu._jit import generated
 from qattn.cpu.amx import BYTES, PAIRS, ROWS, aligned, bf16_pairs, tiles
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.matmul import Weights
@@ -22,7 +24,9 @@ from qattn.cpu.scratch import scratch
 from qattn.cpu.simd import LANES, micro_kernel
 from qattn.layout import CELL, Layout
 
+_WIDTH = 2 * LANES  # columns of the product that two tiles give
 LEAST = 40  # rows that are worth it: vectors multiply fewer sooner than weights are dequantized
+_CHUNK = 128  # cells
 _CACHE = 1 << 20  # bytes of dequantized weights that stay in a core's second-level cache
 
 
@@ -60,17 +64,17 @@ def round_rows(x, out, part, parts):  # type: ignore[no-untyped-def]
 
 @micro_kernel
 def _leaves_of_bf16(e, weights, *arguments):  # type: ignore[no-untyped-def]
-    """One tile of bfloat16 weights, (K, 16) → leaves, (cells, 16, 16, 2)."""
-    *_, out, cells = arguments
+    """Cells of one tile of bfloat16 weights, (K, 16), from the first on → leaves, (cells, 16, 16, 2)."""
+    *_, out, first, cells = arguments
     with e.loop(cells) as cell:
         for pair in range(PAIRS):
-            rows = weights.at(cell * (2 * CELL * LANES)).at(pair * (4 * LANES))
+            rows = weights.at((first + cell) * (2 * CELL * LANES)).at(pair * (4 * LANES))
             low, high = (rows.at(2 * LANES * i).load(e.I16V) for i in range(2))
             out.at(cell * BYTES).at(64 * pair).store(bf16_pairs(e, low, high))
 
 
 def _leaves_kernel(layout: Layout) -> Any:
-    """One tile of packed weights → leaves, (cells, 16, 16, 2) bfloat16."""
+    """Cells of one tile of packed weights, from the first on → leaves, (cells, 16, 16, 2) bfloat16."""
     if layout.bits >= 16:
         return _leaves_of_bf16
     parts = max(1, CELL // layout.group)
@@ -78,9 +82,9 @@ def _leaves_kernel(layout: Layout) -> Any:
 
     @micro_kernel
     def run(e, *arguments):  # type: ignore[no-untyped-def]
-        *packed, out, cells = arguments
+        *packed, out, first, cells = arguments
         with e.loop(cells) as cell:
-            weights, there = Weights(e, layout, packed, cell), out.at(cell * BYTES)
+            weights, there = Weights(e, layout, packed, first + cell), out.at(cell * BYTES)
             for part in range(parts):
                 scale = weights.scale(part)
                 offset = weights.offset(part) if layout.offset else None
@@ -96,23 +100,30 @@ def _leaves_kernel(layout: Layout) -> Any:
 
 
 @micro_kernel
-def _multiply(e, x, leaves, out, cells, stride):  # type: ignore[no-untyped-def]
-    """Two blocks of activations times the leaves of two tiles, into 32 rows of 32 floats, `stride` bytes apart."""
-    size = cells * BYTES
-    with tiles(e) as tile:
-        left, right, sums = tile[4:6], tile[6:8], [tile[0:2], tile[2:4]]
-        for total in tile[:4]:
+def _multiply(e, x, leaves, sums, out, cells, sizes, pairs, first):  # type: ignore[no-untyped-def]
+    """Two blocks of activations times `cells` leaves of pairs of tiles: 32 rows of 32 floats for each pair.
+
+    sums : (pairs, 32, 32) float32, the chunks before this one, unless it is the `first`
+    sizes : (4,) int64, bytes from a block to the next, from a tile of leaves, from a row of `out`, and from a pair's
+    """
+    block_bytes, leaf_bytes, stride, step = (sizes.at(8 * i).load(e.I64) for i in range(4))
+    with tiles(e) as tile, e.loop(pairs) as pair:
+        left, right, totals = tile[4:6], tile[6:8], [(tile[2 * i + j], i, j) for i in range(2) for j in range(2)]
+        before, after, leaf = sums.at(pair * (4 * BYTES)), out.at(pair * step), leaves.at(pair * 2 * leaf_bytes)
+        for total, _, _ in totals:
             total.clear()
+        with e.when(first.compare("==", 0)):
+            for total, i, j in totals:
+                total.load(before.at(4 * _WIDTH * ROWS * i + 4 * LANES * j), 4 * _WIDTH)
         with e.loop(cells) as cell:
             for j in range(2):
-                right[j].load(leaves.at(size * j).at(cell * BYTES))
+                right[j].load(leaf.at(leaf_bytes * j).at(cell * BYTES))
             for i in range(2):
-                left[i].load(x.at(size * i).at(cell * BYTES))
+                left[i].load(x.at(block_bytes * i).at(cell * BYTES))
                 for j in range(2):
-                    sums[i][j].add_products(left[i], right[j])
-        for i in range(2):
-            for j in range(2):
-                sums[i][j].store(out.at(stride * (ROWS * i)).at(4 * LANES * j), stride)
+                    tile[2 * i + j].add_products(left[i], right[j])
+        for total, i, j in totals:
+            total.store(after.at(stride * (ROWS * i)).at(4 * LANES * j), stride)
 
 
 @functools.cache
@@ -124,30 +135,45 @@ def product(layout: Layout) -> Kernel:
     """
     dequantize = _leaves_kernel(layout)
 
+    @generated(layout.name())
+    def fill(packed, tile, count, leaves, first, cells):  # type: ignore[no-untyped-def]
+        for i in range(count):
+            t = tile + i
+            dequantize((packed.codes[t], packed.scales[t], packed.steps[t], packed.offsets[t], packed.offset_steps[t],
+                        packed.table, leaves[i], first, cells))  # fmt: skip
+
     @kernel(layout.name())
     def run(packed, x, out, part, parts):  # type: ignore[no-untyped-def]
-        rows, width, flat, cells, targets = out.shape[0], out.shape[1], out.reshape(-1), x.shape[1], packed.targets
-        mine, together = share(packed.codes.shape[0], part, parts), max(2, _CACHE // (cells * BYTES) // 2 * 2)
-        leaves = aligned((min(together, len(mine)) + 1) // 2 * 2 * cells * BYTES).reshape(-1, cells * BYTES)
-        buffer = aligned(4 * BYTES).view(np.float32)
-        for first in range(mine.start, mine.stop, together):
-            ready = min(together, mine.stop - first)
-            for i in range(ready):
-                tile = first + i
-                dequantize((packed.codes[tile], packed.scales[tile], packed.steps[tile], packed.offsets[tile],
-                            packed.offset_steps[tile], packed.table, leaves[i], cells))  # fmt: skip
-            for row in range(0, rows, 2 * ROWS):
-                for i in range(0, ready, 2):  # past an odd tile there is room for anything
-                    lanes = targets[(first + i) * LANES : (first + min(i + 2, ready)) * LANES]
-                    direct = lanes[-1] - lanes[0] == 2 * LANES - 1 and lanes.size == 2 * LANES
-                    direct = direct and row + 2 * ROWS <= rows
-                    there, stride = buffer, 8 * LANES
+        (rows, width), cells, flat = out.shape, x.shape[1], out.reshape(-1)
+        tiles, leaf = packed.codes.shape[0], min(cells, _CHUNK) * BYTES
+        mine = share((tiles + 1) // 2, part, parts)  # pairs
+        together = 2 * min(max(1, _CACHE // leaf // 2), len(mine))
+        leaves = aligned(together * leaf).reshape(-1, leaf)
+        # One block of sums will do where they need not be kept.
+        sums = aligned(4 * BYTES * (together // 2) * (x.shape[0] // 2 if cells > _CHUNK else 1)).view(np.float32)
+        sums = sums.reshape(-1, together // 2 * 2 * ROWS * _WIDTH)
+        to_out = np.array([cells * BYTES, leaf, 4 * width, 4 * _WIDTH])
+        to_sums = np.array([cells * BYTES, leaf, 4 * _WIDTH, 4 * BYTES])
+        end = min(2 * mine.stop, tiles)
+        for tile in range(2 * mine.start, end, together):
+            ready = min(together, end - tile)
+            lanes = packed.targets[tile * LANES : (tile + ready) * LANES]
+            whole = lanes.size // _WIDTH if lanes[-1] - lanes[0] == lanes.size - 1 else 0
+            for first in range(0, cells, _CHUNK):
+                depth, last = min(_CHUNK, cells - first), first + _CHUNK >= cells
+                fill(packed, tile, ready, leaves, first, depth)
+                for row in range(0, rows, 2 * ROWS):
+                    now, so_far = x[row // ROWS, first:], sums[row // (2 * ROWS) % len(sums)]
+                    direct = whole if last and row + 2 * ROWS <= rows else 0
                     if direct:
-                        there, stride = flat[row * width + lanes[0] :], 4 * width
-                    _multiply((x[row // ROWS], leaves[i], there, cells, stride))
-                    if not direct:
+                        there = flat[row * width + lanes[0] :]
+                        _multiply((now, leaves, so_far, there, depth, to_out, direct, first == 0))
+                    rest, done = so_far[direct * 2 * ROWS * _WIDTH :], direct * _WIDTH  # past an odd tile, of anything
+                    pairs = (ready + 1) // 2 - direct
+                    _multiply((now, leaves[2 * direct :], rest, rest, depth, to_sums, pairs, first == 0))
+                    if last:
                         for m in range(min(2 * ROWS, rows - row)):
-                            for lane in range(lanes.size):
-                                out[row + m, lanes[lane]] = buffer[m * 2 * LANES + lane]
+                            for n in range(lanes.size - done):
+                                out[row + m, lanes[done + n]] = rest[(n // _WIDTH * 2 * ROWS + m) * _WIDTH + n % _WIDTH]
 
     return run
