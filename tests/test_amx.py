@@ -1,5 +1,7 @@
 """Products and attention in tile registers: on a CPU that has them, elsewhere by the loops that stand for them."""
 
+from pathlib import Path
+
 import numba
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from qattn.backends import cpu
 from qattn.cpu import amx_matmul, attend_tiles
 from qattn.cpu.amx import tiles
 from qattn.cpu.simd import Value, micro_kernel
-from qattn.cpu.target import TARGET
+from qattn.cpu.target import TARGET, _has_amx
 from tests import reference
 from tests.reference import nmse
 from tests.strategies import BLOCK_FORMATS, normal, random_weights, weights
@@ -124,6 +126,12 @@ def test_what_lies_beyond_the_keys_is_not_seen():
     caches[1].truncate(20)
     one, other = (qattn.attention(q, cache, precision="int8") for cache in caches)
     assert np.isfinite(one).all() and np.array_equal(one, other)
+
+
+def test_registers_are_used_where_the_cpu_has_them_and_the_system_permits_it():
+    assert not _has_amx({"amx-tile", "avx512bf16"})
+    if _has_amx({"amx-tile", "amx-bf16", "avx512bf16"}):
+        assert "amx_bf16" in Path("/proc/cpuinfo").read_text()
 
 
 @micro_kernel

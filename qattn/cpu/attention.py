@@ -6,7 +6,8 @@ Keys and values lie in tiles of 16 positions, so that both products are the micr
 - a key tile is (head_dim / pack, 16 keys, pack): the lanes of q·k are keys;
 - a value tile is (head_dim / 16, 16 / pack, 16 lanes, pack): the lanes of p·v are head dimensions;
 
-with ``pack`` = 2 for bfloat16, whose dot product takes pairs, and 1 otherwise.  Positions of the last tile that hold
+with ``pack`` = 2 for bfloat16, whose dot product takes pairs, and 1 otherwise; `qattn.cpu.amx_attention` has the
+micro-kernels for that in tile registers.  Positions of the last tile that hold
 no key are zero.
 
 A *job* is one KV head of one sequence, some of its new tokens, and a range of keys.  Its rows are all query heads of

@@ -14,8 +14,9 @@ operation on a `Value` appends one LLVM instruction::
 
 So Python's own ``for`` is unrolled at compile time, a Python list of values is a set of registers, and ``e.loop`` is
 the loop that runs.  A vector has 16 lanes of 32 bits (one AVX-512 register; LLVM splits it into two or four on smaller
-machines), and offsets are in bytes.  Values and what all machines have are in `qattn.cpu.language`.  This file alone
-knows instruction sets: its operations take the instruction that the target has, and fall back to plain arithmetic.
+machines), and offsets are in bytes.  Values and what all machines have are in `qattn.cpu.language`.  This file, and
+`qattn.cpu.amx` for tile registers, alone know instruction sets: operations take the instruction that the target has,
+and fall back to plain arithmetic.
 """
 
 from __future__ import annotations
