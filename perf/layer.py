@@ -24,6 +24,7 @@ import roofline
 from cases import Layers, Shape, gaussian, random_cache, write_llama
 
 import qattn
+from qattn import formats, packing
 from qattn.backends import cpu
 from qattn.batch import Batch
 from qattn.logits import Logits
@@ -58,7 +59,7 @@ class Bench:
 
     def _floor(self, rows: int, kv_bytes: int, tokens: int, depth: int) -> float:
         """Seconds for the projections, and for attention after them."""
-        kind = roofline.kind_of_products(rows)
+        kind = roofline.kind_of_products(packing.layout_of(formats.get(self.name)), rows, SHAPE.hidden)
         products, _ = self.limits.floor(read=self.bytes, **{kind: 2 * rows * SHAPE.weights})
         operations = rows // tokens * SHAPE.attention_ops(tokens, depth)
         return products + self.limits.floor(read=kv_bytes, bf16=operations)[0]

@@ -13,7 +13,6 @@ import roofline
 from cases import BLOCK_FORMATS, gaussian, random_weights
 
 import qattn
-from qattn import formats
 
 COMMON = ["Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4"]
 
@@ -27,7 +26,7 @@ def measure(name: str, shape: tuple[int, int], tokens: int, exact: bool, args) -
     precision = "exact" if exact else "fast"
     time = harness.measure(harness.in_turn(matrices, lambda w: qattn.matmul(x, w, precision=precision)), args.rounds)
     operations = 2 * tokens * shape[0] * shape[1]
-    kind = "f32" if exact or formats.get(name).is_float else roofline.kind_of_products(tokens)
+    kind = "f32" if exact else roofline.kind_of_products(first.layouts[0], tokens, shape[1])
     floor, bound = limits.floor(read=first.nbytes, **{kind: operations})
     return {
         "format": name,

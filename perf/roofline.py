@@ -22,10 +22,11 @@ import numpy as np
 from llvmlite import ir
 
 from qattn.cpu.amx import tiles
-from qattn.cpu.amx_matmul import LEAST
+from qattn.cpu.amx_matmul import takes
 from qattn.cpu.dots import Dots
 from qattn.cpu.simd import Emitter, Value, micro_kernel
 from qattn.cpu.target import TARGET
+from qattn.layout import Layout
 from qattn.models.fetch import cache_directory
 
 LINE = 64  # bytes of a vector, and of a cache line
@@ -215,9 +216,9 @@ def _cache_file() -> Path:
     return cache_directory() / f"roofline-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
 
 
-def kind_of_products(tokens: int) -> str:
-    """What packed weights are multiplied in."""
-    return "bf16" if TARGET.amx and tokens >= LEAST else "dot4"
+def kind_of_products(layout: Layout, tokens: int, columns: int) -> str:
+    """What so many rows of activations and such packed weights are multiplied in."""
+    return "bf16" if takes(layout, tokens, columns) else "f32" if layout.bits >= 16 else "dot4"
 
 
 def main() -> None:

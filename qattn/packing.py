@@ -15,6 +15,7 @@ from qattn import devices, formats
 from qattn.array import QuantArray
 from qattn.cpu import pack as cpu
 from qattn.cpu.matmul import wants_signed
+from qattn.cpu.scratch import from_a_line_on
 from qattn.cpu.simd import LANES
 from qattn.errors import DeviceError
 from qattn.layout import CELL, Layout, Packed
@@ -234,9 +235,7 @@ def _moved(part: Part, device: str) -> Part:
 def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
     """Zeros that start at a cache line, so that no 64-byte load straddles two."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.zeros(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    return from_a_line_on(np.zeros(size + 63, np.uint8)).view(dtype).reshape(shape)
 
 
 def _stored(values: Array, layout: Layout) -> Array:

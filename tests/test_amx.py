@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from llvmlite import ir
 
 import qattn
-from qattn.backends import cpu
 from qattn.cpu import amx_matmul, attend_tiles
 from qattn.cpu.amx import tiles
 from qattn.cpu.simd import Value, micro_kernel
@@ -25,7 +24,7 @@ FORMATS = BLOCK_FORMATS if TARGET.amx else ("Q4_0", "Q6_K", "IQ2_XXS")  # the lo
 
 @pytest.fixture(autouse=True)
 def with_tiles(monkeypatch):
-    for module in (cpu, attend_tiles):
+    for module in (amx_matmul, attend_tiles):
         monkeypatch.setattr(module, "TARGET", TARGET._replace(amx=True))
 
 

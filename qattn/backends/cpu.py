@@ -43,11 +43,10 @@ def unpack(part: Part, out: Array) -> None:
 
 def multiply(x: Array, matrix: PackedMatrix, out: Array, precision: str) -> None:
     """out = x @ matrix.T: x (tokens, columns) and out (tokens, rows), float32, C-contiguous."""
-    by_amx = TARGET.amx and precision == "fast" and len(x) >= amx_matmul.LEAST
     taken: list[Part] = []
     others: list[Part] = []
     for part in matrix.parts:
-        (taken if by_amx and amx_matmul.takes(part.layout, x.shape[1]) else others).append(part)
+        (taken if precision == "fast" and amx_matmul.takes(part.layout, *x.shape) else others).append(part)
     if taken:
         _multiply_by_amx(x, taken, out)
     _multiply_by_rows(x, others, out, precision == "exact")

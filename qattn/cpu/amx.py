@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
@@ -112,11 +111,3 @@ def tiles(e: Emitter, depth: Value | int = PAIRS) -> Iterator[list[Tile]]:
 def bf16_pairs(e: Emitter, low: Value, high: Value) -> Value:
     """Two vectors of 16 bfloat16, as int16, side by side: lanes of pairs."""
     return low.joined(high).lanes(*(lane + LANES * half for lane in range(LANES) for half in range(2)))
-
-
-@numba.njit
-def aligned(size):  # type: ignore[no-untyped-def]
-    """So many bytes from the start of a cache line on: rows of tiles that lie across two take twice as long."""
-    memory = np.empty(size + 63, np.uint8)
-    first = -memory.ctypes.data % 64
-    return memory[first : first + size]

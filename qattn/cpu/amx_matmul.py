@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from qattn.cpu._jit import generated
-from qattn.cpu.amx import BYTES, PAIRS, ROWS, aligned, bf16_pairs, tiles
+from qattn.cpu.amx import BYTES, PAIRS, ROWS, bf16_pairs, tiles
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.matmul import Weights
-from qattn.cpu.scratch import scratch
+from qattn.cpu.scratch import aligned, scratch
 from qattn.cpu.simd import LANES, micro_kernel
+from qattn.cpu.target import TARGET
 from qattn.layout import CELL, Layout
 
 _WIDTH = 2 * LANES  # columns of the product that two tiles give
@@ -30,9 +31,10 @@ _CHUNK = 128  # cells
 _CACHE = 1 << 20  # bytes of dequantized weights that stay in a core's second-level cache
 
 
-def takes(layout: Layout, columns: int) -> bool:
-    """Whether these weights are multiplied in tiles: those that rounding to bfloat16 costs no more than activations."""
-    return layout.bits < 16 or (layout.base == "bf16" and columns % CELL == 0)
+def takes(layout: Layout, rows: int, columns: int) -> bool:
+    """Whether so many activations are multiplied in tiles, by weights that rounding to bfloat16 costs no more."""
+    fits = layout.bits < 16 or (layout.base == "bf16" and columns % CELL == 0)
+    return TARGET.amx and rows >= LEAST and fits
 
 
 def room(rows: int, columns: int) -> np.ndarray:

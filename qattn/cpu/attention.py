@@ -7,8 +7,7 @@ Keys and values lie in tiles of 16 positions, so that both products are the micr
 - a value tile is (head_dim / 16, 16 / pack, 16 lanes, pack): the lanes of p·v are head dimensions;
 
 with ``pack`` = 2 for bfloat16, whose dot product takes pairs, and 1 otherwise; `qattn.cpu.amx_attention` has the
-micro-kernels for that in tile registers.  Positions of the last tile that hold
-no key are zero.
+micro-kernels for that in tile registers.  Positions of the last tile that hold no key are zero.
 
 A *job* is one KV head of one sequence, some of its new tokens, and a range of keys.  Its rows are all query heads of
 the group for each token, so K and V are read once for all of them.  It walks the keys in blocks with an online softmax
@@ -30,10 +29,10 @@ from qattn._meaning import is_ours, mask_key
 from qattn.cache_types import BLOCK
 from qattn.cpu import attend_sides, attend_tiles
 from qattn.cpu._jit import generated
-from qattn.cpu.amx import aligned
 from qattn.cpu.attend_tiles import KEY_BLOCK, LOG2E
 from qattn.cpu.attend_tiles import Storage as Storage
 from qattn.cpu.kernel import Kernel, kernel, share
+from qattn.cpu.scratch import aligned
 from qattn.cpu.simd import LANES
 from qattn.cpu.target import TARGET
 
@@ -281,7 +280,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
     softmax = attend_tiles.some_rows(attend_tiles.softmax_kernel, values)
     masked_softmax = attend_tiles.softmax_kernel(values, 1, masked=True)
     bounds, adjust = _method(mask, "bounds", mask_name), _adjust(mask, mask_name)
-    half_weights, chosen = values.halves, hasattr(mask, "sees")
+    half_weights = values.halves
 
     @generated(name)
     def begin(job, q, cache, position, length, logits, mask, group, s):  # type: ignore[no-untyped-def]
@@ -310,7 +309,6 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
         head, token, rows, page_keys = job[1], job[2], job[3] * group, cache.keys.shape[2] * LANES
         weights = s.weights.view(np.uint16) if half_weights else s.weights
         low, high = begin(job, q, cache, position, length, logits, mask, group, s)
-        adjusts = chosen or logits.cap > 0 or logits.slopes.size + logits.distances.size + logits.bias.size > 0
         start = low
         while start < high:
             stop = min(high, start // KEY_BLOCK * KEY_BLOCK + KEY_BLOCK)
@@ -322,7 +320,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
             for i in range(job[3]):
                 first, end = bounds(mask, position + i, length)
                 first, end, row = first - start, min(end, job[5]) - start, i * group
-                for one in range(row, row + group if adjusts else row):
+                for one in range(row, row + group):
                     adjust(s.scores[one * KEY_BLOCK :], tiles, first, end, start, position + i, token + i,
                            head * group + one % group, logits, mask)  # fmt: skip
                 hides, last = first > 0 or end < tiles * LANES, row + group

@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 import numpy as np
+from numba.extending import register_jitable
 
 from qattn.cpu.kernel import is_recording
 
@@ -25,11 +26,17 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def _from_a_line_on(size: int) -> np.ndarray:
-    """So many bytes that begin with a cache line: vectors that lie across two take twice as long."""
-    memory = np.empty(size + 63, np.uint8)
+@register_jitable  # type: ignore[misc]
+def from_a_line_on(memory: np.ndarray) -> np.ndarray:
+    """All but 63 of an array's bytes, from a cache line's first on: vectors that lie across two take twice as long."""
     first = -memory.ctypes.data % 64
-    return memory[first : first + size]
+    return memory[first : first + memory.size - 63]
+
+
+@register_jitable  # type: ignore[misc]
+def aligned(size: int) -> np.ndarray:
+    """So many bytes, with any content, from a cache line's first on."""
+    return from_a_line_on(np.empty(size + 63, np.uint8))
 
 
 def scratch(purpose: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
@@ -39,8 +46,8 @@ def scratch(purpose: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if is_recording() or size > _LIMIT:
-        return _from_a_line_on(size).view(dtype).reshape(shape)
+        return aligned(size).view(dtype).reshape(shape)
     memory = _kept.memory.get(purpose)
     if memory is None or memory.nbytes < size:
-        memory = _kept.memory[purpose] = _from_a_line_on(size)
+        memory = _kept.memory[purpose] = aligned(size)
     return memory[:size].view(dtype).reshape(shape)
