@@ -8,7 +8,7 @@ of 16 × 32 bfloat16, which lies row by row, with a tile B of 32 × 16, whose co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from llvmlite import ir
@@ -78,6 +78,9 @@ class Tile:
             new.store(old.load(self.e.I32))
 
 
+Load = Callable[[Tile, Value, int], None]
+
+
 def _stacked(e: Emitter, size: int) -> Pointer:
     """So many bytes of the stack."""
     return Pointer(e, e.builder.bitcast(cgutils.alloca_once(e.builder, e.bytes(size)), e.I8.as_pointer()))
@@ -106,6 +109,23 @@ def tiles(e: Emitter, depth: Value | int = PAIRS) -> Iterator[list[Tile]]:
     e.intrinsic("llvm.x86.ldtilecfg", _NOTHING, Value(e, there.ir))
     yield registers
     e.intrinsic("llvm.x86.ldtilecfg", _NOTHING, Value(e, before.ir))
+
+
+def add_tiles(
+    e: Emitter, registers: list[Tile], rows: int, columns: int, steps: Value, load_a: Load, load_b: Load
+) -> None:
+    """Add the products of `rows` tiles A and `columns` tiles B, two of each at most, step by step along the sum.
+
+    The sum of row i and column j is register 2 i + j.
+    load_a, load_b : called as (register, step, i or j)
+    """
+    with e.loop(steps) as step:
+        for j in range(columns):
+            load_b(registers[6 + j], step, j)
+        for i in range(rows):
+            load_a(registers[4 + i], step, i)
+            for j in range(columns):
+                registers[2 * i + j].add_products(registers[4 + i], registers[6 + j])
 
 
 def bf16_pairs(e: Emitter, low: Value, high: Value) -> Value:

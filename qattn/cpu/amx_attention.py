@@ -14,7 +14,7 @@ import numpy as np
 
 from qattn.cpu import attend_tiles
 from qattn.cpu._jit import generated
-from qattn.cpu.amx import DEPTH, PAIRS, ROWS, tiles
+from qattn.cpu.amx import DEPTH, PAIRS, ROWS, Tile, add_tiles, tiles
 from qattn.cpu.attend_tiles import KEY_BLOCK
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
@@ -51,23 +51,22 @@ def _products(e: Emitter, shape: _Shape, a: _Matrix, b: _Matrix, c: _Matrix, add
     ahead : bytes from a tile B to what to ask memory for meanwhile, or 0
     """
     with tiles(e, shape.depth) as registers:
-        left, right, sums = registers[4:6], registers[6:8], [registers[0:2], registers[2:4]]
 
         def some(rows: int, columns: int, block: Value, column: Value) -> None:
-            outputs = [(sums[i][j], c.at(block + i, column + j)) for i in range(rows) for j in range(columns)]
-            for total, there in outputs:
+            def load_a(register: Tile, step: Value, i: int) -> None:
+                register.load(a.at(step, block + i), a.row)
+
+            def load_b(register: Tile, step: Value, j: int) -> None:
+                there = b.at(step, column + j)
+                register.load(there, b.row)
+                with e.when(ahead.compare("!=", 0)), e.loop(shape.depth) as line:
+                    e.prefetch(there.at(ahead).at(line * 64), near=False)
+
+            sums = [(registers[2 * i + j], c.at(block + i, column + j)) for i in range(rows) for j in range(columns)]
+            for total, there in sums:
                 total.load(there, c.row) if add else total.clear()
-            with e.loop(shape.steps) as step:
-                for j in range(columns):
-                    there = b.at(step, column + j)
-                    right[j].load(there, b.row)
-                    with e.when(ahead.compare("!=", 0)), e.loop(shape.depth) as line:
-                        e.prefetch(there.at(ahead).at(line * 64), near=False)
-                for i in range(rows):
-                    left[i].load(a.at(step, block + i), a.row)
-                    for j in range(columns):
-                        sums[i][j].add_products(left[i], right[j])
-            for total, there in outputs:
+            add_tiles(e, registers, rows, columns, shape.steps, load_a, load_b)
+            for total, there in sums:
                 total.store(there, c.row)
 
         for columns, column in _by_twos(e, shape.columns):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qattn.cpu._jit import generated
-from qattn.cpu.amx import BYTES, PAIRS, ROWS, bf16_pairs, tiles
+from qattn.cpu.amx import BYTES, PAIRS, ROWS, add_tiles, bf16_pairs, tiles
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.matmul import Weights
 from qattn.cpu.scratch import aligned, scratch
@@ -110,20 +110,18 @@ def _multiply(e, x, leaves, sums, out, cells, sizes, pairs, first):  # type: ign
     """
     block_bytes, leaf_bytes, stride, step = (sizes.at(8 * i).load(e.I64) for i in range(4))
     with tiles(e) as tile, e.loop(pairs) as pair:
-        left, right, totals = tile[4:6], tile[6:8], [(tile[2 * i + j], i, j) for i in range(2) for j in range(2)]
+        totals = [(tile[2 * i + j], i, j) for i in range(2) for j in range(2)]
         before, after, leaf = sums.at(pair * (4 * BYTES)), out.at(pair * step), leaves.at(pair * 2 * leaf_bytes)
         for total, _, _ in totals:
             total.clear()
         with e.when(first.compare("==", 0)):
             for total, i, j in totals:
                 total.load(before.at(4 * _WIDTH * ROWS * i + 4 * LANES * j), 4 * _WIDTH)
-        with e.loop(cells) as cell:
-            for j in range(2):
-                right[j].load(leaf.at(leaf_bytes * j).at(cell * BYTES))
-            for i in range(2):
-                left[i].load(x.at(block_bytes * i).at(cell * BYTES))
-                for j in range(2):
-                    tile[2 * i + j].add_products(left[i], right[j])
+        add_tiles(
+            e, tile, 2, 2, cells,
+            lambda register, cell, i: register.load(x.at(block_bytes * i).at(cell * BYTES)),
+            lambda register, cell, j: register.load(leaf.at(leaf_bytes * j).at(cell * BYTES)),
+        )  # fmt: skip
         for total, i, j in totals:
             total.store(after.at(stride * (ROWS * i)).at(4 * LANES * j), stride)
 
