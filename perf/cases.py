@@ -14,6 +14,7 @@ import numpy as np
 import qattn
 from qattn import formats
 from qattn.cpu.simd import LANES
+from qattn.rope import shared
 
 Array = np.ndarray[Any, Any]
 BLOCK_FORMATS = tuple(name for name in formats.names() if not formats.get(name).is_float)
@@ -96,7 +97,7 @@ def random_layer(
 ) -> qattn.GGUFQAttentionWithRope:
     """An attention layer of random weights, all in one format."""
     layer = qattn.GGUFQAttentionWithRope(
-        rope=qattn.RotaryEmbedding(shape.head_dim, 500_000.0),
+        rope=shared(shape.head_dim, 500_000.0),  # as in a model: layers that grow a table each would time that
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         hidden_size=shape.hidden,

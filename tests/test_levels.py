@@ -64,9 +64,11 @@ from qattn.logits import Logits
 from qattn.masks import Causal
 from tests import reference
 from tests.strategies import normal, random_weights
-w, x = random_weights("IQ2_XXS", 20, 256), normal((3, 256))  # planes of two widths, and a table
+w, x = random_weights("IQ2_XXS", 20, 256), normal((35, 256))  # planes of two widths, and a table
 packed = qattn.PackedMatrix(w)
-assert reference.nmse(qattn.matmul(x, packed), x @ np.asarray(w, np.float64).T) < 5e-4
+product = qattn.matmul(x, packed)
+assert reference.nmse(product, x @ np.asarray(w, np.float64).T) < 5e-4
+assert np.array_equal(product[:3], qattn.matmul(x[:3], packed))  # whether unpacked once for many rows, or not
 cache, kv, q = qattn.KVCache(qattn.KVCacheParams(1, 32)), normal((40, 64), 1), normal((5, 2, 32), 2)
 qattn.ops.store(kv, cache)
 out, _ = cpu.attend(q, cache, np.array([0, 5]), Causal(), Logits(0.2), exact=False)

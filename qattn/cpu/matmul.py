@@ -27,6 +27,7 @@ from qattn.cpu.activations import BLOCKS, Activations, arrange_rows, block_fille
 from qattn.cpu.dots import Dots
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.planes import quad_codes
+from qattn.cpu.scratch import aligned
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
 from qattn.layout import CELL, Layout
@@ -91,8 +92,9 @@ def _load_float(e: Emitter, array: Pointer, index: Value, kind: str) -> Value:
     return (there.load(e.I16V).zero_extend(e.I32V) << 16).bits(e.F32)
 
 
-def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
-    """`rows` rows of int8 activations times one tile, into a (rows, 16) float32 buffer."""
+def _quantized_micro_kernel(layout: Layout, rows: int, unpacked: bool = False) -> Any:
+    """`rows` rows of int8 activations times one tile, perhaps `unpacked`, into a (rows, 16) float32 buffer."""
+    stored = layout._replace(bits=8, table=False) if unpacked else layout
     parts = max(1, CELL // layout.group)
     quads = 8 // parts  # of a part of a cell
 
@@ -103,13 +105,14 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
         totals = [e.register(zeros) for _ in range(rows)]
         with e.loop(slots) as slot:
             cell = cells.at(slot * 4).load(e.I32).to(e.I64)
-            weights = Weights(e, layout, packed, cell)
+            weights = Weights(e, stored, packed, cell)
             cell_x = x.at(slot * (CELL * rows))
 
             def quad_x(quad: int, m: int, cell_x: Pointer = cell_x) -> Value:
                 return cell_x.at(4 * (quad * rows + m)).load(e.I32).splat(e.I32V)
 
-            weights.prefetch(rows)
+            if not unpacked:
+                weights.prefetch(rows)
             products = [zeros] * rows
             for part in range(parts):
                 group_at = (slot * parts + part) * (4 * rows)
@@ -134,6 +137,25 @@ def _quantized_micro_kernel(layout: Layout, rows: int) -> Any:
             out.at(stride * m).store(totals[m].get())
 
     return run
+
+
+def _unpacker(layout: Layout) -> Any:
+    """The codes of one tile as bytes: (cells, 8 quads, 16 rows, 4)."""
+
+    @micro_kernel
+    def run(e, *arguments):  # type: ignore[no-untyped-def]
+        *packed, out, cells = arguments
+        with e.loop(cells) as cell:
+            weights = Weights(e, layout, packed, cell)
+            weights.prefetch(TARGET.rows)
+            for quad in range(8):
+                out.at(cell * (CELL * LANES)).at(64 * quad).store(weights.codes(quad))
+
+    return run
+
+
+def _unpacked_micro_kernel(layout: Layout, rows: int) -> Any:
+    return _quantized_micro_kernel(layout, rows, unpacked=True)
 
 
 def _exact_micro_kernel(layout: Layout, rows: int) -> Any:
@@ -211,35 +233,38 @@ def by_size(make: Callable[[Any, int], Any], layout: Any) -> Any:
     return run
 
 
-def _block_times_tile(layout: Layout, exact: bool) -> Any:
-    """The njit function that multiplies the block of activations at `row` by one tile: rows `stride` bytes apart."""
+def _block_times_tile(layout: Layout, exact: bool, unpacked: bool = False) -> Any:
+    """The njit function that multiplies the block of activations at `row` by one tile: rows `stride` bytes apart.
+
+    codes : the tile's, as they are packed, or `unpacked`
+    """
     group, parts = min(layout.group, CELL), max(1, CELL // layout.group)
     if layout.bits >= 16:
         float_kernel = by_size(_float_micro_kernel, layout)
 
         @generated(f"{layout}-{exact}")
-        def multiply(p, tile, x, row, size, out, stride):  # type: ignore[no-untyped-def]
+        def multiply(p, tile, codes, x, row, size, out, stride):  # type: ignore[no-untyped-def]
             columns = p.codes.shape[1]
-            float_kernel(size, (p.codes[tile], x.levels[row * columns :], out, columns, stride))
+            float_kernel(size, (codes, x.levels[row * columns :], out, columns, stride))
 
     elif exact:
         exact_kernel = by_size(_exact_micro_kernel, layout)
 
         @generated(f"{layout}-{exact}")
-        def multiply(p, tile, x, row, size, out, stride):  # type: ignore[no-untyped-def]
+        def multiply(p, tile, codes, x, row, size, out, stride):  # type: ignore[no-untyped-def]
             columns = p.codes.shape[1] * CELL
-            exact_kernel(size, (p.codes[tile], p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
+            exact_kernel(size, (codes, p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
                                 p.table, x.levels[row * columns :], x.sums[row * (columns // group) :], out,
                                 columns // CELL, stride))  # fmt: skip
 
     else:
-        int8_kernel = by_size(_quantized_micro_kernel, layout)
+        int8_kernel = by_size(_unpacked_micro_kernel if unpacked else _quantized_micro_kernel, layout)
 
-        @generated(f"{layout}-{exact}")
-        def multiply(p, tile, x, row, size, out, stride):  # type: ignore[no-untyped-def]
+        @generated(f"{layout}-{unpacked}")
+        def multiply(p, tile, codes, x, row, size, out, stride):  # type: ignore[no-untyped-def]
             block, slots = row // TARGET.rows, x.cells.shape[1]
             first = row * slots
-            int8_kernel(size, (p.codes[tile], p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
+            int8_kernel(size, (codes, p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
                                p.table, x.levels[first * CELL :], x.scales[first:], x.starts[first * parts :],
                                x.sums[first * parts :], x.cells[block], out, x.slots[block], stride))  # fmt: skip
 
@@ -250,27 +275,44 @@ def _name(layout: Layout, exact: bool) -> str:
     return f"{layout.name()}-{'exact' if exact else 'int8'}"
 
 
+def _shares(layout: Layout, exact: bool) -> bool:
+    """Whether a tile is unpacked once for many blocks of activations.
+
+    Where registers are few, blocks have few rows.  Else they multiply while codes are unpacked: it costs nothing.
+    """
+    return TARGET.level == "avx2" and not exact and (layout.bits < 8 or layout.table)
+
+
 def _block_of_tiles(layout: Layout, exact: bool) -> Any:
     """The njit function that multiplies by `tiles` tiles from `tile0` on, of which this is one of `parts` parts."""
     multiply, cell = _block_times_tile(layout, exact), 1 if layout.bits >= 16 else CELL
+    shares = _shares(layout, exact)
+    unpack, multiply_bytes = _unpacker(layout), _block_times_tile(layout, exact, unpacked=True)
 
     # Counting references would take as long as a few hundred columns of a tile.
     @generated(_name(layout, exact), _nrt=False)
-    def run_tiles(packed, tile0, tiles, x, out, buffer, part, parts):  # type: ignore[no-untyped-def]
+    def run_tiles(packed, tile0, tiles, x, out, buffer, codes, part, parts):  # type: ignore[no-untyped-def]
         rows, width, flat, columns = out.shape[0], out.shape[1], out.reshape(-1), packed.codes.shape[1] * cell
         chunk = max(1, _CACHE // columns // TARGET.rows) * TARGET.rows
         for first in range(0, rows, chunk):
+            many = min(chunk, rows - first) >= _MANY * TARGET.rows
             for number in share(tiles, part, parts):
                 tile = tile0 + number
                 lanes = packed.targets[tile * LANES : (tile + 1) * LANES]
                 together = lanes.size == LANES and lanes[-1] - lanes[0] == LANES - 1
+                if shares and many:
+                    unpack((packed.codes[tile], packed.scales[tile], packed.steps[tile], packed.offsets[tile],
+                            packed.offset_steps[tile], packed.table, codes, packed.codes.shape[1]))  # fmt: skip
                 for row in range(first, min(first + chunk, rows), TARGET.rows):
                     size = block_size(rows - row)
                     direct = together and row + size <= rows
                     there, stride = buffer, 4 * LANES
                     if direct:
                         there, stride = flat[row * width + lanes[0] :], 4 * width
-                    multiply(packed, tile, x, row, size, there, stride)
+                    if shares and many:
+                        multiply_bytes(packed, tile, codes, x, row, size, there, stride)
+                    else:
+                        multiply(packed, tile, packed.codes[tile], x, row, size, there, stride)
                     if not direct:
                         for m in range(min(size, rows - row)):
                             for lane in range(lanes.size):
@@ -287,12 +329,13 @@ def product(layout: Layout, exact: bool) -> Kernel:
     Cost: reads the packed weights once for every ``_CACHE / K`` tokens.  Each output depends on its own row and tile
     only, so the bits do not depend on the number of threads, nor on the rows computed beside it.
     """
-    run_tiles = _block_of_tiles(layout, exact)
+    run_tiles, shares = _block_of_tiles(layout, exact), _shares(layout, exact)
 
     @kernel(_name(layout, exact))
     def run(packed, x, out, part, parts):  # type: ignore[no-untyped-def]
         buffer = np.empty(TARGET.rows * LANES, np.float32)
-        run_tiles(packed, 0, packed.codes.shape[0], x, out, buffer, part, parts)
+        codes = aligned(packed.codes.shape[1] * CELL * LANES if shares else 0)
+        run_tiles(packed, 0, packed.codes.shape[0], x, out, buffer, codes, part, parts)
 
     return run
 
@@ -305,13 +348,15 @@ def product_each(layout: Layout, exact: bool) -> Kernel:
     x : (tokens, heads · K) float32;  out : (tokens, n) float32, all rows of a head side by side; both C-contiguous
     room : `Activations` of the tokens of one head for each part, one after the other along a new first axis
     """
-    run_tiles, floats, group = _block_of_tiles(layout, exact), layout.bits >= 16, min(layout.group, CELL)
+    run_tiles, shares = _block_of_tiles(layout, exact), _shares(layout, exact)
+    floats, group = layout.bits >= 16, min(layout.group, CELL)
     fill_block, group_sums = None if floats or exact else block_filler(layout.zero, group), 0 if floats else group
 
     @kernel(f"each-{_name(layout, exact)}")
     def run(packed, heads, x, room, out, part, parts):  # type: ignore[no-untyped-def]
         buffer = np.empty(TARGET.rows * LANES, np.float32)
         tiles, columns = packed.codes.shape[0] // heads, x.shape[1] // heads
+        codes = aligned(columns * LANES if shares else 0)
         a = Activations(room.levels[part], room.scales[part], room.starts[part], room.sums[part], room.cells[part],
                         room.slots[part])  # fmt: skip
         for head in share(heads, part, parts):
@@ -321,12 +366,13 @@ def product_each(layout: Layout, exact: bool) -> Kernel:
             else:
                 for block in range(a.slots.size):
                     fill_block(mine, block, a)
-            run_tiles(packed, head * tiles, tiles, a, out, buffer, 0, 1)
+            run_tiles(packed, head * tiles, tiles, a, out, buffer, codes, 0, 1)
 
     return run
 
 
 _AHEAD, _AHEAD_ONE = 8192, 16384  # bytes; the hardware's own prefetch ends with each page of 4096
+_MANY = 8  # blocks of activations that are worth unpacking a tile into memory for, where they `_shares`
 _CACHE = 1 << 19  # bytes of int8 activations that stay in a core's second-level cache while tiles pass by
 
 
