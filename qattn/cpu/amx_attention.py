@@ -60,7 +60,7 @@ def _products(e: Emitter, shape: _Shape, a: _Matrix, b: _Matrix, c: _Matrix, add
                 there = b.at(step, column + j)
                 register.load(there, b.row)
                 with e.when(ahead.compare("!=", 0)), e.loop(shape.depth) as line:
-                    e.prefetch(there.at(ahead).at(line * 64), near=False)
+                    e.prefetch(there.at(ahead).at(line * 64))
 
             sums = [(registers[2 * i + j], c.at(block + i, column + j)) for i in range(rows) for j in range(columns)]
             for total, there in sums:

@@ -156,7 +156,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
             def codes(quad: int, cell: _Cell = cell, k: Value = k) -> Value:
                 if rows < TARGET.rows and quad % (8 // lines) == 0:  # memory binds
                     line = 64 * (quad // (8 // lines))
-                    e.prefetch(keys.at(k * (size + SCALES)).at(line + AHEAD), near=False)
+                    e.prefetch(keys.at(k * (size + SCALES)).at(line + AHEAD))
                 return cell.levels(quad) if signed else cell.biased(quad)
 
             dots.add_all(range(8), codes, lambda quad, m: word(quad, m).load(e.I32).splat(e.I32V))
@@ -227,13 +227,13 @@ def weights_kernel(storage: Storage, rows: int) -> Any:
         def prefetch(tile: Value, lines: range) -> None:
             there = values.at(tile * tile_bytes + ahead)
             for line in lines:
-                e.prefetch(there.at(cell * size + 64 * line), near=False)
+                e.prefetch(there.at(cell * size + 64 * line))
 
         largest, totals = ([e.register(zeros) for _ in range(rows)] for _ in range(2))
         with e.loop(tiles) as tile:
             prefetch(tile, range(lines // 4))
             for i in range(1 + type_.offset):
-                e.prefetch(first.at(tile * tile_bytes + cells * (i * SCALES)).at(ahead), near=False)
+                e.prefetch(first.at(tile * tile_bytes + cells * (i * SCALES)).at(ahead))
             offset = _floats(e, first.at(tile * tile_bytes).at(cells * SCALES)) if type_.offset else None
             for m, (weight, product) in enumerate(products(tile)):
                 largest[m].set(e.maximum(product, largest[m].get()))
@@ -271,7 +271,7 @@ def values_kernel(storage: Storage, rows: int) -> Any:
             dots = [Dots(e, [sum_.get() for sum_ in half], 4, MAX_CODE, x=_far(type_)) for half in sums]
             for quad in range(4):
                 for line in range(lines // 2 + quad, lines if rows < TARGET.rows else 0, 4):  # memory binds
-                    e.prefetch(codes.at(tile * tile_bytes + 64 * line).at(ahead), near=False)
+                    e.prefetch(codes.at(tile * tile_bytes + 64 * line).at(ahead))
                 levels = [cell.levels(4 * half + quad, _middle(type_)) for half in range(2)]
                 if type_.signed_scale:  # -1 where it is negative: level ^ -1 = -level - 1
                     sign = signs.lane(quad).splat(e.I32V).bits(e.U8)

@@ -102,7 +102,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(steps) as k:
             if rows < TARGET.rows:  # memory binds
-                e.prefetch(keys.at(k * step + AHEAD), near=False)
+                e.prefetch(keys.at(k * step + AHEAD))
             at = q.at(k * (4 * words * rows))
             left = [[at.at(4 * (i * rows + m)) for i in range(words)] for m in range(rows)]
             for register, total in zip(
@@ -134,7 +134,7 @@ def values_kernel(storage: Storage, rows: int) -> Any:
             sums = [t.get() for t in totals]
             for k in range(LANES // storage.pack):
                 if rows < TARGET.rows and k * step % 64 == 0:  # memory binds
-                    e.prefetch(there.at(k * step).at(ahead), near=False)
+                    e.prefetch(there.at(k * step).at(ahead))
                 left = [[at.at(m * row + 4 * (k * words + i)) for i in range(words)] for m in range(rows)]
                 sums = _accumulate(e, storage, sums, there.at(k * step), left)
             for register, total in zip(totals, sums, strict=True):
@@ -233,7 +233,7 @@ def query_kernel(storage: Storage) -> Any:
 def fetch(e, there, first, end):  # type: ignore[no-untyped-def]
     """Ask for bytes first … end - 1 of an array."""
     with e.loop((end - first + 63) >> 6) as line:
-        e.prefetch(there.at(first + line * 64), near=False)
+        e.prefetch(there.at(first + line * 64))
 
 
 @micro_kernel

@@ -238,13 +238,13 @@ class Language:
         function = cgutils.get_or_insert_function(self.builder.module, signature, name)
         return Value(self, self.builder.call(function, [arg.ir for arg in args], **call))
 
-    def prefetch(self, there: Pointer, near: bool = True) -> None:
+    def prefetch(self, there: Pointer) -> None:
         """Ask for a cache line that will be read soon; an address past the end of an array does no harm.
 
-        Into the second-level cache unless `near`: there is room for more, and more can be asked for at once.
+        Into the second-level cache: there is room for more than in the first, and more can be asked for at once.
         """
-        zero, near_, data = (Value(self, _I32(i)) for i in (0, 3 if near else 2, 1))
-        self.intrinsic("llvm.prefetch.p0i8", ir.VoidType(), Value(self, there.ir), zero, near_, data)
+        read, second, data = (Value(self, _I32(i)) for i in (0, 2, 1))
+        self.intrinsic("llvm.prefetch.p0i8", ir.VoidType(), Value(self, there.ir), read, second, data)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a * b + c, rounded once."""

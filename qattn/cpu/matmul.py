@@ -55,11 +55,10 @@ class Weights:
             self._vectors[number] = self._cell_codes.at(64 * number).load(self.e.I32V)
         return self._vectors[number]
 
-    def prefetch(self, rows: int) -> None:
-        """Ask for codes that lie further on, in this tile or the next; furthest where memory alone binds."""
-        ahead = _AHEAD_ONE if rows == 1 else _AHEAD
+    def prefetch(self) -> None:
+        """Ask for codes that lie further on, in this tile or the next."""
         for line in range(self.layout.bits):
-            self.e.prefetch(self._cell_codes.at(ahead + 64 * line), near=rows > 1)
+            self.e.prefetch(self._cell_codes.at(_AHEAD + 64 * line))
 
     def scale(self, part: int) -> Value:
         return self._scaled(self._scales, self._steps, part)
@@ -112,7 +111,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int, unpacked: bool = False) -
                 return cell_x.at(4 * (quad * rows + m)).load(e.I32).splat(e.I32V)
 
             if not unpacked:
-                weights.prefetch(rows)
+                weights.prefetch()
             products = [zeros] * rows
             for part in range(parts):
                 group_at = (slot * parts + part) * (4 * rows)
@@ -147,7 +146,7 @@ def _unpacker(layout: Layout) -> Any:
         *packed, out, cells = arguments
         with e.loop(cells) as cell:
             weights = Weights(e, layout, packed, cell)
-            weights.prefetch(TARGET.rows)
+            weights.prefetch()
             for quad in range(8):
                 out.at(cell * (CELL * LANES)).at(64 * quad).store(weights.codes(quad))
 
@@ -371,7 +370,7 @@ def product_each(layout: Layout, exact: bool) -> Kernel:
     return run
 
 
-_AHEAD, _AHEAD_ONE = 8192, 16384  # bytes; the hardware's own prefetch ends with each page of 4096
+_AHEAD = 16384  # bytes; the hardware's own prefetch ends with each page of 4096
 _MANY = 8  # blocks of activations that are worth unpacking a tile into memory for, where they `_shares`
 _CACHE = 1 << 19  # bytes of int8 activations that stay in a core's second-level cache while tiles pass by
 
