@@ -15,7 +15,7 @@ from qattn import devices, formats
 from qattn.array import QuantArray
 from qattn.cpu import pack as cpu
 from qattn.cpu.matmul import wants_signed
-from qattn.cpu.scratch import from_a_line_on
+from qattn.cpu.scratch import zeros
 from qattn.cpu.simd import LANES
 from qattn.errors import DeviceError
 from qattn.layout import CELL, Layout, Packed
@@ -212,11 +212,11 @@ def _allocate(layout: Layout, targets: Array, columns: int, table: Array) -> Pac
     stored = np.float32 if layout.base == "f32" else np.uint16
     none = (tiles, 0, LANES)
     return Packed(
-        codes=_aligned((tiles, columns // CELL, 64 * layout.bits), np.uint8),
-        scales=_aligned(bases, stored),
-        steps=_aligned(steps if layout.step else none, np.int8),
-        offsets=_aligned(bases if layout.offset else none, stored),
-        offset_steps=_aligned(steps if layout.step and layout.offset else none, np.int8),
+        codes=zeros((tiles, columns // CELL, 64 * layout.bits), np.uint8),
+        scales=zeros(bases, stored),
+        steps=zeros(steps if layout.step else none, np.int8),
+        offsets=zeros(bases if layout.offset else none, stored),
+        offset_steps=zeros(steps if layout.step and layout.offset else none, np.int8),
         table=table,
         targets=targets,
         rows=len(targets),
@@ -227,15 +227,9 @@ def _moved(part: Part, device: str) -> Part:
     """Copy a part's arrays to a device."""
     arrays: list[Any] = [array if isinstance(array, int) else devices.copied(array, device) for array in part.packed]
     if device == "cpu":
-        arrays[0], codes = _aligned(arrays[0].shape, arrays[0].dtype), arrays[0]
+        arrays[0], codes = zeros(arrays[0].shape, arrays[0].dtype), arrays[0]
         arrays[0][...] = codes
     return part._replace(packed=Packed(*arrays))
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Zeros that start at a cache line, so that no 64-byte load straddles two."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return from_a_line_on(np.zeros(size + 63, np.uint8)).view(dtype).reshape(shape)
 
 
 def _stored(values: Array, layout: Layout) -> Array:
@@ -255,7 +249,7 @@ def _pack_floats(fmt: formats.Format, data: Array, targets: Array, columns: int)
         values = values.astype(np.float32)
     tiles = -(-len(targets) // LANES)
     base = {"F16": "f16", "BF16": "bf16"}.get(fmt.name, "f32")
-    codes = _aligned((tiles, columns, LANES), np.float32 if base == "f32" else np.uint16)
+    codes = zeros((tiles, columns, LANES), np.float32 if base == "f32" else np.uint16)
     full = len(targets) // LANES
     stored = values.view(codes.dtype)
     codes[:full] = stored[: full * LANES].reshape(full, LANES, columns).transpose(0, 2, 1)

@@ -66,6 +66,13 @@ def test_it_grows_by_doubling():
     assert cache.nbytes <= 2 * 200 * params.bytes_per_token
 
 
+@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
+def test_vectors_lie_in_one_cache_line_each(dtype):
+    for tokens in (1, 500):
+        view = filled(KVCacheParams(2, 64, dtype=dtype), tokens)[0].view()
+        assert view.keys.ctypes.data % 64 == view.values.ctypes.data % 64 == 0
+
+
 def test_a_fixed_cache_that_is_full_says_so_and_keeps_what_it_has():
     cache, keys, _ = filled(KVCacheParams(1, 4, dtype="float32", max_length=20), 18)
     message = r"sequence 0 would have 21 tokens, but the cache holds at most 20 \(it has 18\)"

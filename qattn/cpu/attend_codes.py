@@ -27,7 +27,7 @@ from typing import Any
 
 from qattn.cache_types import CacheType
 from qattn.cpu.activations import round_cell
-from qattn.cpu.attend_tiles import AHEAD, KEY_BLOCK, Storage
+from qattn.cpu.attend_tiles import AHEAD, KEY_BLOCK, Storage, each_tile
 from qattn.cpu.dots import Dots
 from qattn.cpu.planes import quad_codes
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
@@ -139,10 +139,9 @@ def query_kernel(storage: Storage) -> Any:
 def scores_kernel(storage: Storage, rows: int) -> Any:
     """`rows` query rows, rounded, times one tile of keys → scores, a row every KEY_BLOCK floats."""
     type_, size = storage.type, cell_bytes(storage.type)
-    lines = size // 64  # of a cache
-    signed = _signed(type_)
+    all_bytes, signed = size + SCALES * (1 + type_.offset), _signed(type_)
 
-    @micro_kernel
+    @each_tile
     def run(e, q, keys, scores, cells):  # type: ignore[no-untyped-def]
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(cells) as k:
@@ -154,9 +153,9 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
             dots = Dots(e, [word(9, m).load(e.I32).splat(e.I32V) for m in range(rows)], 8, _largest(type_), signed)
 
             def codes(quad: int, cell: _Cell = cell, k: Value = k) -> Value:
-                if rows < TARGET.rows and quad % (8 // lines) == 0:  # memory binds
-                    line = 64 * (quad // (8 // lines))
-                    e.prefetch(keys.at(k * (size + SCALES)).at(line + AHEAD))
+                if rows < TARGET.rows:  # memory binds
+                    for line in range(quad * 64, all_bytes, 8 * 64):
+                        e.prefetch(keys.at(k * all_bytes).at(line + AHEAD))
                 return cell.levels(quad) if signed else cell.biased(quad)
 
             dots.add_all(range(8), codes, lambda quad, m: word(quad, m).load(e.I32).splat(e.I32V))
@@ -179,7 +178,7 @@ def exact_scores_kernel(storage: Storage, rows: int) -> Any:
     """The same with queries in float32."""
     type_, size = storage.type, cell_bytes(storage.type)
 
-    @micro_kernel
+    @each_tile
     def run(e, q, keys, scores, cells):  # type: ignore[no-untyped-def]
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(cells) as k:

@@ -18,7 +18,7 @@ KEY_BLOCK = 128  # keys per step of the online softmax: scores of 96 rows then t
 MASKED = -1e30  # below every score; finite, so that a row without any visible key gives 0, not NaN
 LOG2E = 1.4426950408889634
 TOGETHER = 4  # rows whose softmax is computed at once, so that none waits for itself
-AHEAD = 4096  # bytes of keys to ask for ahead: a tile of 16 heads of 128
+AHEAD = 8192  # bytes of keys to ask for ahead: two tiles of 16 keys of 128 elements of 16 bits
 
 
 class Storage(NamedTuple):
@@ -93,11 +93,28 @@ def _accumulate(
     return totals
 
 
+def each_tile(scores: Callable[..., None]) -> Any:
+    """The micro-kernel for several tiles of keys, of scores(e, q, keys, scores, steps), which is for one.
+
+    It has further arguments: tiles, bytes from a tile to the next, values, bytes of a tile of these, and how many lines
+    of each to ask memory for meanwhile.
+    """
+
+    @micro_kernel
+    def run(e, q, keys, out, steps, tiles, tile_bytes, values, value_bytes, lines):  # type: ignore[no-untyped-def]
+        with e.loop(tiles) as tile:
+            with e.loop(lines) as line:
+                e.prefetch(values.at(tile * value_bytes + line * 64))
+            scores(e, q, keys.at(tile * tile_bytes), out.at(tile * (4 * LANES)), steps)
+
+    return run
+
+
 def scores_kernel(storage: Storage, rows: int) -> Any:
     """`rows` query rows times one tile of keys → scores, a row every KEY_BLOCK floats."""
     words, step = storage.words, storage.vector_bytes
 
-    @micro_kernel
+    @each_tile
     def run(e, q, keys, scores, steps):  # type: ignore[no-untyped-def]
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(steps) as k:

@@ -39,6 +39,12 @@ def aligned(size: int) -> np.ndarray:
     return from_a_line_on(np.empty(size + 63, np.uint8))
 
 
+def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros, from a cache line's first byte on."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return from_a_line_on(np.zeros(size + 63, np.uint8)).view(dtype).reshape(shape)
+
+
 def scratch(purpose: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """An array with any content, valid until this thread asks for one for the same purpose again.
 

@@ -11,6 +11,7 @@ from qattn.cache_types import BLOCK, CacheType
 from qattn.cpu.attend_codes import cell_bytes
 from qattn.cpu.attend_tiles import pack
 from qattn.cpu.attention import CacheView
+from qattn.cpu.scratch import zeros
 from qattn.cpu.simd import LANES
 from qattn.layout import PLANES
 
@@ -47,7 +48,7 @@ class Tiles:
     def room(self, params: Any, sequences: int, capacity: int) -> tuple[Array, Array]:
         shape = (sequences, params.n_kv_heads, capacity // LANES)
         sizes = ((params.key_type, params.head_dim, 1), (params.value_type, params.values, LANES))
-        keys, values = (np.zeros((*shape, _tile_size(*each)), _element(each[0])) for each in sizes)
+        keys, values = (zeros((*shape, _tile_size(*each)), _element(each[0])) for each in sizes)
         return keys, values
 
     def view(self, params: Any, keys: Array, values: Array, pages: Array) -> CacheView:
