@@ -84,13 +84,12 @@ def keys(storage: Storage) -> Keys:
 
     @generated(name)
     def score(s, rows, keys, values, tiles, head_dim, fetch):  # type: ignore[no-untyped-def]
-        steps, size_of_row, one = steps_of(head_dim), row_words(head_dim), rows <= TARGET.rows
-        together, lines = tiles if one else 1, (values[0].nbytes + 63) // 64 if one and fetch else 0
-        for tile in range(0, tiles, together):
-            for block in range(0, rows, TARGET.rows):
-                scores(block_size(rows - block), (
-                    s.panel[block * size_of_row :], keys[tile], s.scores[block * KEY_BLOCK + tile * LANES :], steps,
-                    together, keys[0].nbytes, values[tile], values[0].nbytes, lines))  # fmt: skip
+        steps, size_of_row = steps_of(head_dim), row_words(head_dim)
+        lines = (values[0].nbytes + 63) // 64 if fetch and rows < TARGET.rows else 0
+        for block in range(0, rows, TARGET.rows):
+            scores(block_size(rows - block), (
+                s.panel[block * size_of_row :], keys[0], s.scores[block * KEY_BLOCK :], steps,
+                tiles, keys[0].nbytes, values[0], values[0].nbytes, lines))  # fmt: skip
 
     return Keys(row_words, load, score)
 
