@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qattn
+from qattn.cpu.atomics import add_one, read
 from qattn.cpu.feed_forward import add
-from qattn.cpu.kernel import Program, kernel, share
+from qattn.cpu.kernel import _LINE, Program, _work, kernel, share
+from qattn.cpu.pool import Pool
 from tests.strategies import normal, random_weights
 
 ROOT = Path(__file__).parent.parent
@@ -93,22 +96,54 @@ def test_machine_code_of_other_processes_is_not_confused(tmp_path):
     python(code.format(names), NUMBA_CACHE_DIR=str(tmp_path))
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_python_threads_may_call_at_once(layer):
-    code = (
-        "import threading, numpy as np, qattn\n"
-        "from tests.strategies import random_weights, normal\n"
-        "w, x = random_weights('Q4_0', 500, 256), normal((30, 256))\n"
-        "want, wrong = qattn.matmul(x, w), []\n"
-        "def work():\n"
-        "    for _ in range(50):\n"
-        "        if not np.array_equal(qattn.matmul(x, w), want): wrong.append(1)\n"
-        "threads = [threading.Thread(target=work) for _ in range(4)]\n"
-        "for t in threads: t.start()\n"
-        "for t in threads: t.join()\n"
-        "print(len(wrong))"
-    )
-    assert python(code, NUMBA_THREADING_LAYER=layer) == "0\n"
+def test_python_threads_may_call_at_once():
+    w, x = qattn.PackedMatrix(random_weights("Q4_0", 500, 256)), normal((30, 256))
+    want, wrong = qattn.matmul(x, w), []
+
+    def work():
+        for _ in range(50):
+            if not np.array_equal(qattn.matmul(x, w), want):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@kernel("test", kept=False)
+def meet(arrived, met, part, parts):
+    """Whether another thread is in the next part while one waits in this."""
+    add_one(arrived)
+    looks = 0
+    while read(arrived) < 2 and looks < 1 << 31:
+        looks += 1
+    met[part] = read(arrived) >= 2
+
+
+@pytest.mark.skipif(qattn.get_num_threads() < 2, reason="there is one thread")
+@pytest.mark.parametrize("rest", [0, 0.3])
+def test_helpers_come_also_when_they_had_gone_to_sleep(rest):
+    for _ in range(2):
+        arrived, met = np.zeros(1, np.int64), np.zeros(2, np.bool_)
+        meet(arrived, met, parts=2)
+        assert met.all()
+        time.sleep(rest)
+
+
+def test_nobody_waits_for_a_helper_that_does_not_come(monkeypatch):
+    """As when the system gives its core to another program."""
+    pool, calls = Pool(_work, _LINE), np.empty((0, 5), np.int64)
+    monkeypatch.setattr(pool, "_hire", lambda: pool._helpers.append(None))
+    monkeypatch.setattr("qattn.cpu.kernel._pool", pool)
+    done = np.zeros(9, np.int64)
+    monkeypatch.setattr(qattn.cpu.kernel, "get_num_threads", lambda: 2)
+    count(done, parts=4)
+    assert (done == 1).all()
+    assert pool.run(calls, np.zeros((1, 3, _LINE), np.int64))
+    pool._helpers.clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +44,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from qattn.cpu._jit import compiled, generated
+from qattn.cpu.atomics import add_one, pause, read
+from qattn.cpu.pool import Pool
 from qattn.cpu.threads import get_num_threads
 
 _ROOM = 2048  # bytes for the arguments of a call
@@ -171,43 +172,10 @@ _current = _Current()
 # ------------------------------------------------------------------------------------------------------- threads
 
 
-class _Pool:
-    """How Numba's threads may be used.
-
-    Its "workqueue" layer, where neither OpenMP nor TBB is installed, aborts the process when two Python threads call
-    it at once.  GNU OpenMP does where a forked child calls it whose parent had.  So the first wait for each other, and
-    such a child works alone.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._reentrant, self.usable = threading.Lock(), False, True
-
-    def run(self, calls: np.ndarray, state: np.ndarray) -> None:
-        if self._reentrant:
-            _work_together(calls, state)
-            return
-        with self._lock:
-            _work_together(calls, state)
-            self._reentrant = numba.threading_layer() != "workqueue"
-
-    def after_fork(self) -> None:
-        self.usable = self.usable and not self._reentrant and not self._lock.locked()
-        self._lock = threading.Lock()
-
-
-_pool = _Pool()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.after_fork)
-
-
 def _run(calls: np.ndarray, threads: int) -> None:
-    if not _pool.usable:
-        threads = 1
     state = np.zeros((1 + len(calls), 1 + threads, _LINE), np.int64)
-    if threads == 1:
+    if threads == 1 or not _pool.run(calls, state):
         _work(calls, state, 0)
-    else:
-        _pool.run(calls, state)
     failed, i, part, _ = state[0, 0, :4].tolist()
     if failed:
         thunk, arguments, parts, *_ = calls[i].tolist()
@@ -234,20 +202,14 @@ def _work(calls, state, me):  # type: ignore[no-untyped-def]
         for other in range(threads):
             owner = (me + other) % threads
             theirs, taken = share(parts, owner, threads), state[1 + i, owner]
-            while _load(taken) < len(theirs):
-                turn = _add_one(taken)
+            while read(taken) < len(theirs):
+                turn = add_one(taken)
                 if turn >= len(theirs):
                     break
                 if _call(calls[i, 0], calls[i, 1], theirs.start + turn, parts):
                     state[0, 0, 1], state[0, 0, 2], state[0, 0, 0] = i, theirs.start + turn, 1
-                _add_one(done)
+                add_one(done)
         _wait(done, parts, calls[i + 1 :], me, threads)
-
-
-@compiled(parallel=True)
-def _work_together(calls, state):  # type: ignore[no-untyped-def]
-    for thread in numba.prange(state.shape[1] - 1):
-        _work(calls, state, thread)
 
 
 @compiled(_nrt=False)
@@ -259,13 +221,13 @@ def _wait(done, parts, following, me, threads):  # type: ignore[no-untyped-def]
             asked = following[i, 3] + following[i, 4] // threads * me
             end = asked + min(following[i, 4] // threads, _EARLY)
             break
-    while _load(done) < parts:
+    while read(done) < parts:
         if asked < end:
             for line in range(0, 1024, 64):
                 _prefetch(asked + line)
             asked += 1024
         else:
-            _pause()
+            pause()
 
 
 _EARLY = 1 << 19  # bytes to ask for: they wait in a core's second-level cache
@@ -285,41 +247,7 @@ def _prefetch(typing_context: Any, address: Any) -> Any:
     return types.void(types.int64), codegen
 
 
-@intrinsic
-def _add_one(typing_context: Any, counter: Any) -> Any:
-    """Add 1 to the first element of an int64 array, atomically, and return what it was."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "acq_rel")
-
-    return types.int64(counter), codegen
-
-
-@intrinsic
-def _load(typing_context: Any, counter: Any) -> Any:
-    """The first element of an int64 array, as other threads left it."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.load_atomic(data, "acquire", 8)
-
-    return types.int64(counter), codegen
-
-
-@intrinsic
-def _pause(typing_context: Any) -> Any:
-    """Tell the core that this is a loop which waits."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        if builder.module.triple.startswith(("x86_64", "i686")):
-            builder.call(cgutils.get_or_insert_function(builder.module, _NOTHING, "llvm.x86.sse2.pause"), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-_NOTHING = ir.FunctionType(ir.VoidType(), [])
+_pool = Pool(_work, _LINE)
 
 
 # -------------------------------------------------------------------------------------------------------- thunks
