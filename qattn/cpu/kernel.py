@@ -45,7 +45,7 @@ from numba.extending import intrinsic
 
 from qattn.cpu._jit import compiled, generated
 from qattn.cpu.atomics import add_one, pause, read
-from qattn.cpu.pool import Pool
+from qattn.cpu.pool import CALL, Pool
 from qattn.cpu.threads import get_num_threads
 
 _ROOM = 2048  # bytes for the arguments of a call
@@ -118,7 +118,7 @@ class Program:
     """A sequence of kernel calls.  It keeps the arrays alive that they work on."""
 
     def __init__(self) -> None:
-        self._calls = np.empty((0, 5), np.int64)
+        self._calls = np.empty((0, CALL), np.int64)
         self._kept: list[Any] = []
         self.kernels: list[Kernel] = []
 
@@ -141,7 +141,7 @@ class Program:
             _current.program = before
 
     def append(self, called: Kernel, call: np.ndarray, kept: Any) -> None:
-        """Add a bound call, (1, 3) int64 of thunk, arguments and parts, and what must stay alive with it."""
+        """Add a bound call, (1, CALL) int64 of thunk, arguments, parts and what streams; `kept` must stay alive."""
         self._calls = np.concatenate([self._calls, call])
         self._kept.append(kept)
         self.kernels.append(called)

@@ -33,7 +33,7 @@ from qattn.cpu.atomics import exchange, pause, read, write
 _STATE, _CALLS, _COUNT, _SHARED, _THREADS = range(5)
 _IDLE, _ASLEEP, _CALLED, _OFFERED, _TAKEN, _LEAVING = range(6)
 _ROW = 16  # int64 of a desk: no two are written in one cache line
-CALL = 5  # int64 of a call
+CALL = 5  # int64 of a call: see `qattn.cpu.kernel`
 _LOOKS = 1 << 16  # before a helper sleeps: a millisecond or two, longer than Python takes between two tokens
 
 
