@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import qattn
 from qattn.cpu.atomics import add_one, read
 from qattn.cpu.feed_forward import add
-from qattn.cpu.kernel import _LINE, Program, _work, kernel, share
-from qattn.cpu.pool import Pool
+from qattn.cpu.kernel import Program, _work, kernel, share
+from qattn.cpu.pool import CALL, LINE, Pool
 from tests.strategies import normal, random_weights
 
 ROOT = Path(__file__).parent.parent
@@ -135,14 +135,14 @@ def test_helpers_come_also_when_they_had_gone_to_sleep(rest):
 
 def test_nobody_waits_for_a_helper_that_does_not_come(monkeypatch):
     """As when the system gives its core to another program."""
-    pool, calls = Pool(_work, _LINE), np.empty((0, 5), np.int64)
+    pool, nothing = Pool(_work), np.empty((0, CALL), np.int64)
     monkeypatch.setattr(pool, "_hire", lambda: pool._helpers.append(None))
     monkeypatch.setattr("qattn.cpu.kernel._pool", pool)
     done = np.zeros(9, np.int64)
     monkeypatch.setattr(qattn.cpu.kernel, "get_num_threads", lambda: 2)
     count(done, parts=4)
     assert (done == 1).all()
-    assert pool.run(calls, np.zeros((1, 3, _LINE), np.int64))
+    assert pool.run(nothing, np.zeros((1, 3, LINE), np.int64))
     pool._helpers.clear()
 
 

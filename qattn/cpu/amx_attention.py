@@ -134,7 +134,7 @@ def score(s, rows, keys, values, key_tiles, head_dim, fetch):  # type: ignore[no
     blocks, tile_bytes, pairs = (rows + ROWS - 1) // ROWS, 2 * keys.shape[1], (head_dim + 1) // 2
     few, depth = rows < TARGET.rows, _depth(pairs)  # where memory binds
     if few and fetch:
-        attend_tiles.fetch((values, 0, key_tiles * 2 * values.shape[1]))
+        attend_tiles.fetch((values, key_tiles * 2 * values.shape[1]))
     _scores((s.panel, keys, s.scores, blocks, key_tiles, tile_bytes, depth, pairs // depth, 4 * row_words(head_dim),
              key_tiles * tile_bytes if few else 0))  # fmt: skip
 

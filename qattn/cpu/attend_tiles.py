@@ -103,8 +103,7 @@ def each_tile(scores: Callable[..., None]) -> Any:
     @micro_kernel
     def run(e, q, keys, out, steps, tiles, tile_bytes, values, value_bytes, lines):  # type: ignore[no-untyped-def]
         with e.loop(tiles) as tile:
-            with e.loop(lines) as line:
-                e.prefetch(values.at(tile * value_bytes + line * 64))
+            _ask(e, values.at(tile * value_bytes), lines)
             scores(e, q, keys.at(tile * tile_bytes), out.at(tile * (4 * LANES)), steps)
 
     return run
@@ -247,10 +246,14 @@ def query_kernel(storage: Storage) -> Any:
 
 
 @micro_kernel
-def fetch(e, there, first, end):  # type: ignore[no-untyped-def]
-    """Ask for bytes first … end - 1 of an array."""
-    with e.loop((end - first + 63) >> 6) as line:
-        e.prefetch(there.at(first + line * 64))
+def fetch(e, there, size):  # type: ignore[no-untyped-def]
+    """Ask for so many bytes of an array."""
+    _ask(e, there, (size + 63) >> 6)
+
+
+def _ask(e: Emitter, there: Pointer, lines: Value) -> None:
+    with e.loop(lines) as line:
+        e.prefetch(there.at(line * 64))
 
 
 @micro_kernel

@@ -45,11 +45,10 @@ from numba.extending import intrinsic
 
 from qattn.cpu._jit import compiled, generated
 from qattn.cpu.atomics import add_one, pause, read
-from qattn.cpu.pool import CALL, Pool
+from qattn.cpu.pool import CALL, LINE, Pool
 from qattn.cpu.threads import get_num_threads
 
 _ROOM = 2048  # bytes for the arguments of a call
-_LINE = 8  # int64 in a cache line, which two counters had better not share
 
 
 class Kernel:
@@ -173,7 +172,7 @@ _current = _Current()
 
 
 def _run(calls: np.ndarray, threads: int) -> None:
-    state = np.zeros((1 + len(calls), 1 + threads, _LINE), np.int64)
+    state = np.zeros((1 + len(calls), 1 + threads, LINE), np.int64)
     if threads == 1 or not _pool.run(calls, state):
         _work(calls, state, 0)
     failed, i, part, _ = state[0, 0, :4].tolist()
@@ -247,7 +246,7 @@ def _prefetch(typing_context: Any, address: Any) -> Any:
     return types.void(types.int64), codegen
 
 
-_pool = Pool(_work, _LINE)
+_pool = Pool(_work)
 
 
 # -------------------------------------------------------------------------------------------------------- thunks

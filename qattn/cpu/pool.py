@@ -5,8 +5,9 @@ helps, and takes the offer back where no helper has begun.  So it never waits fo
 run: a core that another program keeps busy costs that core's help and nothing else.  Threads of OpenMP all have to come
 and go for each piece of work, which takes a time slice of the system where one of them must wait for its core.
 
-Work is `work(calls, state, me)`, two C-contiguous int64 arrays and the number of a thread, of which 0 is the one that
-has the work.  What helpers and it tell each other stands on a *desk*, a row of int64 for each helper.
+Work is `work(calls, state, me)`: C-contiguous int64 arrays (n, CALL) and (n + 1, threads + 1, LINE), and the number of
+a thread, of which 0 is the one that has the work.  What helpers and it tell each other stands on a *desk*, a row of
+int64 for each helper.
 """
 
 from __future__ import annotations
@@ -34,21 +35,15 @@ _STATE, _CALLS, _COUNT, _SHARED, _THREADS = range(5)
 _IDLE, _ASLEEP, _CALLED, _OFFERED, _TAKEN, _LEAVING = range(6)
 _ROW = 16  # int64 of a desk: no two are written in one cache line
 CALL = 5  # int64 of a call: see `qattn.cpu.kernel`
+LINE = 8  # int64 in a cache line, which two counters had better not share
 _LOOKS = 1 << 16  # before a helper sleeps: a millisecond or two, longer than Python takes between two tokens
 
 
 class Pool:
-    """Helpers for one function; they are started when there is first something to do for them.
+    """Helpers for one njit function; they are started when there is first something to do for them."""
 
-    Parameters
-    ----------
-    work : njit function
-    line : int
-        Elements of the last axis of `state`, (calls + 1, threads + 1, line).
-    """
-
-    def __init__(self, work: Callable[..., None], line: int) -> None:
-        self._serve, self._lead = _compiled(work, line)
+    def __init__(self, work: Callable[..., None]) -> None:
+        self._serve, self._lead = _compiled(work)
         self._reset()
         atexit.register(self._dismiss)
         if hasattr(os, "register_at_fork"):
@@ -63,9 +58,9 @@ class Pool:
 
     def run(self, calls: np.ndarray, state: np.ndarray) -> bool:
         """Do the work with as many threads as `state` has room for → False, and nothing, if another is being helped."""
+        desks = self._desks[: state.shape[1] - 2]
         if not self._lock.acquire(blocking=False):
             return False
-        desks = self._desks[: state.shape[1] - 2]
         try:
             while len(self._helpers) < len(desks):
                 self._hire()
@@ -115,7 +110,6 @@ def _array_at(typing_context: Any, address: Any, shape: Any) -> Any:
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         lengths = cgutils.unpack_tuple(builder, args[1])
-        lengths = [builder.sext(n, ir.IntType(64)) if n.type.width < 64 else n for n in lengths]
         strides = [ir.Constant(ir.IntType(64), 8)]
         for length in lengths[:0:-1]:
             strides.insert(0, builder.mul(strides[0], length))
@@ -134,7 +128,7 @@ def _leave(desk):  # type: ignore[no-untyped-def]
         pause()
 
 
-def _compiled(work: Callable[..., None], line: int) -> tuple[Any, Any]:
+def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
     """The loops of a helper, and of a thread that has work."""
 
     @compiled(_nrt=False)
@@ -145,7 +139,7 @@ def _compiled(work: Callable[..., None], line: int) -> tuple[Any, Any]:
             state = read(desk)
             if state == _OFFERED and exchange(desk, _OFFERED, _TAKEN):
                 calls = _array_at(desk[_CALLS], (desk[_COUNT], CALL))
-                work(calls, _array_at(desk[_SHARED], (desk[_COUNT] + 1, desk[_THREADS], line)), me)
+                work(calls, _array_at(desk[_SHARED], (desk[_COUNT] + 1, desk[_THREADS], LINE)), me)
                 write(desk, _IDLE)
                 looks = 0
             elif state == _LEAVING:

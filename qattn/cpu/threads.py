@@ -9,7 +9,7 @@ import numba
 
 
 def _allowed() -> int:
-    """Threads that this process may run at once: by affinity, by its control group's quota, and by Numba's pool."""
+    """Threads that this process may run at once: by affinity, its control group's quota, and ``NUMBA_NUM_THREADS``."""
     count: int = numba.config.NUMBA_NUM_THREADS
     if hasattr(os, "sched_getaffinity"):
         count = min(count, len(os.sched_getaffinity(0)))
