@@ -90,3 +90,17 @@ def named(name: str) -> CacheType:
         if type_.name == name:
             return type_
     raise ValueError(f"dtype is {name!r}; a cache stores {', '.join(type_.name for type_ in TYPES)}")
+
+
+def padded(size: int) -> int:
+    """The elements of a row as tensor cores take them."""
+    return -(-size // 16) * 16
+
+
+def stride(kind: str, size: int) -> int:
+    """Array elements between rows of `size` elements on a GPU, `padded` for tensor cores if they are halves or bytes;
+    of codes, bytes."""
+    type_ = of_kind(kind)
+    if type_.in_blocks:
+        return -(-type_.row_bytes(size) // 4) * 4
+    return size if kind == "f32" else padded(size)

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from qattn import CacheError, KVCache, KVCacheParams, PagedKVCache, cascade
+from qattn import CacheError, KVCache, KVCacheParams, PagedKVCache, cache_types, cascade
 from qattn.cuda import attention as cuda_attention
+from qattn.kv_cache import sequences
 from tests.reference import nmse
 from tests.strategies import normal
+from tests.test_kv_files import forged
 from tests.test_kv_machine import HIDDEN, PARAMS, ROPE, layer
 
 
@@ -38,10 +40,49 @@ def test_saved_there_and_loaded_there(cupy, tmp_path):
     other.load(tmp_path / "file")
     assert all(np.array_equal(a, b) for a, b in zip(other.read(), there.read(1), strict=True))
     assert other.counts.tolist() == [200]
-    with pytest.raises(
-        CacheError, match="was saved on another kind of device: its layout is Rows, that of the cache Tiles"
-    ):
-        KVCache(there.params).load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("dtype", [*(type_.name for type_ in cache_types.TYPES), "q8_0/q4_0"])
+def test_saved_on_one_device_and_loaded_on_another(cupy, dtype, tmp_path, monkeypatch):
+    """To round what was rounded gives the same bits, so that a file that has travelled is what it was."""
+    monkeypatch.setattr(sequences, "_PIECE", 64)
+    params, path = KVCacheParams(2, 40, 24, dtype=dtype), tmp_path / "file"
+    here, there = KVCache(params, 2), PagedKVCache(params, 2, pages=6, device="cuda:0")
+    here.append(normal((150, 2, 40)), normal((150, 2, 24), 1), 1)
+    here.save(path, 1)
+    there.load(path, 0)
+    there.save(tmp_path / "back", 0)
+    here.load(tmp_path / "back", 0)
+    assert there.counts.tolist() == [150, 0]
+    for cache in (there, here):
+        assert all(np.array_equal(a, b) for a, b in zip(cache.read(0), here.read(1), strict=True))
+
+
+def test_a_window_and_positions_travel(cupy, tmp_path):
+    params, x = KVCacheParams(2, 8, hadamard=True), normal((600, 2, 16))
+    there = PagedKVCache(params, pages=8, window=100, device="cuda:0")
+    for i in range(0, 600, 150):
+        there.append(x[i : i + 150, :, :8], x[i : i + 150, :, 8:])
+    there.shift(0, int(there.starts[0]), None, 7, None)
+    there.save(tmp_path / "file")
+    here = PagedKVCache(params, pages=8, window=100)
+    here.load(tmp_path / "file")
+    start = int(here.starts[0])
+    assert start > 0 and np.array_equal(here.positions(), there.positions())
+    assert all(nmse(*pair) < 1e-7 for pair in zip(here.read(0, start), there.read(0, start), strict=True))
+
+
+def test_a_start_within_a_tile_is_refused(cupy, tmp_path):
+    there = KVCache(KVCacheParams(2, 8), device="cuda:0")
+    there.append(normal((60, 2, 8)), normal((60, 2, 8), 1))
+    there.save(tmp_path / "file")
+
+    def later(description):
+        return description | {"sequences": [{"start": 5, "length": 60}]}
+
+    (tmp_path / "file").write_bytes(forged((tmp_path / "file").read_bytes(), later, cut=5 * 2 * 2 * 16 * 2))
+    with pytest.raises(CacheError, match="begins at token 5"):
+        PagedKVCache(there.params, pages=2, window=20).load(tmp_path / "file")
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ def saved(path, *lengths, **options):
     return path.read_bytes()
 
 
-def forged(data, change):
-    """The file with another description, and the right digest."""
+def forged(data, change, cut=0):
+    """The file with another description, maybe less at its end, and the right digest."""
     length = int(np.frombuffer(data[12:16], "<u4")[0])
     text = json.dumps(change(json.loads(data[16 : 16 + length]))).encode()
-    body = data[:12] + np.array(len(text), "<u4").tobytes() + text + data[16 + length : -16]
+    body = data[:12] + np.array(len(text), "<u4").tobytes() + text + data[16 + length : -16 - cut]
     return body + hashlib.blake2b(body, digest_size=16).digest()
 
 
@@ -168,7 +168,7 @@ FORGERIES = [
     (_changed(entries=[["|O8", 2, 4]]), r"'\|O8' is no type of elements"),
     (_changed(entries=[]), "bytes are left over"),
     (_changed(step=1.5), "1.5 is no number of at least 1"),
-    (_changed(params=3), "was saved on another kind of device: its params is 3"),
+    (_changed(params=3), "is no saved cache: no cache has params 3"),
     (lambda d: d | {"params": d["params"] | {"head_dim": 8}}, "was saved with head_dim 8"),
 ]
 
@@ -202,7 +202,8 @@ def test_what_the_file_is_not_is_said(tmp_path):
         (data[:8] + b"\2" + data[9:], "has version 2; this qattn reads version 1"),
         (data[:20], "is damaged: it has 20 bytes, less than a header"),
         (data[:-1], "is damaged: its checksum is wrong"),
-        (forged(data, lambda d: d | {"layout": "Rows"}), "was saved on another kind of device: its layout is Rows"),
+        (forged(data, _changed(layout="Rows")), "is no saved cache: no cache has params .*, layout Rows, step 16"),
+        (forged(data, _changed(layout="Stones")), "is no saved cache: no cache has params .*, layout Stones"),
     ):
         path.write_bytes(other)
         with pytest.raises(CacheError, match=message):

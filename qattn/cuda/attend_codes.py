@@ -31,22 +31,9 @@ _1024 = 0x6400_6400  # twice, in float16
 _256 = 0x5C00_5C00
 
 
-def padded(size: int) -> int:
-    """The elements of a row as tensor cores take them."""
-    return -(-size // 16) * 16
-
-
-def stride(kind: str, size: int) -> int:
-    """Array elements between rows of `size` elements, `padded` where tensor cores may take them; for codes, bytes."""
-    type_ = cache_types.of_kind(kind)
-    if type_.in_blocks:
-        return -(-type_.row_bytes(size) // 4) * 4
-    return size if kind == "f32" else padded(size)
-
-
 @functools.cache
 def stride_of(kind: str) -> Callable[..., Any]:
-    """The same as a device function of the size."""
+    """`qattn.cache_types.stride` as a device function of the size."""
     type_ = cache_types.of_kind(kind)
     in_blocks, block_bytes, single = type_.in_blocks, type_.block_bytes, kind == "f32"
 

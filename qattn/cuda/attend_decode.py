@@ -28,8 +28,9 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, uint16, uint32
 
+from qattn.cache_types import stride
 from qattn.cuda import ptx
-from qattn.cuda.attend_codes import piece, stride
+from qattn.cuda.attend_codes import piece
 from qattn.cuda.attend_tiles import (
     RESULTS,
     SHARED,

@@ -12,8 +12,8 @@ import functools
 
 from numba import cuda, float32, int32, int64, uint16, uint32
 
+from qattn.cache_types import stride as row_stride
 from qattn.cuda import ptx
-from qattn.cuda.attend_codes import stride as row_stride
 from qattn.cuda.attend_decode import ROWS, Sizes, block_steps
 from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, leave_empty, part_of, row_at
 from qattn.cuda.attend_variant import GIVEN, Storage, Variant, bases_of, bounds_of, scores_of

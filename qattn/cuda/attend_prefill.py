@@ -28,8 +28,9 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, uint16, uint32
 
+from qattn.cache_types import stride
 from qattn.cuda import ptx
-from qattn.cuda.attend_codes import in_codes, stride
+from qattn.cuda.attend_codes import in_codes
 from qattn.cuda.attend_decode import pack, product
 from qattn.cuda.attend_stage import Sizes as Sizes
 from qattn.cuda.attend_stage import mover, pair_at

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from numba import cuda, float32, int64, uint32
 
+from qattn.cache_types import stride
 from qattn.cuda import ptx
-from qattn.cuda.attend_codes import in_codes, octets, stride
+from qattn.cuda.attend_codes import in_codes, octets
 from qattn.cuda.attend_tiles import SHARED, Heads
 from qattn.cuda.attend_variant import Variant
 from qattn.cuda.kernel import device

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, uint32
 
+from qattn.cache_types import padded
 from qattn.cuda import ptx
-from qattn.cuda.attend_codes import padded
 from qattn.cuda.attend_variant import EMPTY
 from qattn.cuda.kernel import device
 from qattn.cuda.warps import ALL_LANES

@@ -73,7 +73,7 @@ class CacheView(NamedTuple):
 
     keys: Array
     """(pages, kv_heads, page_tokens, stride), float32 or float16, or bfloat16 as uint16, float8 and codes as uint8;
-    `qattn.cuda.attend_codes.stride` says how long rows are.  page_tokens is a multiple of 64."""
+    `qattn.cache_types.stride` says how long rows are.  page_tokens is a multiple of 64."""
     values: Array
     """(pages, kv_heads, page_tokens, value_dim), likewise."""
     head_dim: int

@@ -50,8 +50,6 @@ class CacheBase(Watched, abc.ABC):
         self.starts: Array = np.zeros(sequences, np.int64)
         """The first token of each sequence that is still there: 0, unless a window lets go of what lies before it."""
         self._layout = layout_for(self.device)
-        self._step = self._layout.unit if self.device == "cpu" else 1
-        """Tokens of an entry of the arrays' third axis."""
         self._keys: Any
         self._values: Any
         self._known: list[Array] = [np.empty(0, np.int64)] * sequences
@@ -100,7 +98,7 @@ class CacheBase(Watched, abc.ABC):
 
     @property
     def _arrays(self) -> tuple[Any, ...]:
-        """All memory: arrays whose axes are pages, KV heads, entries of `_step` tokens, and what these hold."""
+        """All memory: arrays whose axes are pages, KV heads, entries of tokens, and what these hold."""
         return self._keys, self._values
 
     # What sequences have

@@ -43,7 +43,7 @@ class KVCache(SequenceCache):
 
     @property
     def capacity(self) -> int:
-        return int(self._keys.shape[2]) * self._step
+        return int(self._keys.shape[2]) * self._layout.step
 
     def view(self) -> Any:
         return self._layout.view(self.params, self._keys, self._values, self._pages)

@@ -25,6 +25,8 @@ import numpy as np
 
 from qattn import _check
 from qattn.errors import CacheError
+from qattn.kv_cache import layouts
+from qattn.kv_cache.layouts import Layout
 
 Array = np.ndarray[Any, Any]
 _MAGIC, _VERSION, _DIGEST = b"qattn-kv", 1, 16
@@ -43,53 +45,41 @@ class Sequence(NamedTuple):
     """(kv_heads, entries, …) each: keys and values from `start` on."""
 
 
-class State(NamedTuple):
-    """What a file holds."""
-
-    params: Any
-    """A `KVCacheParams`, or what a file says of it."""
-    layout: str
-    """How tokens lie in an entry."""
-    step: int
-    """Tokens of an entry."""
-    entries: list[tuple[str, int, int]]
-    """For each array the type of its elements, KV heads, and elements of an entry."""
-    sequences: list[Sequence]
-
-    def description(self) -> dict[str, Any]:
-        """What two caches have to have in common, so that one can load what the other has saved."""
-        params = {field.name: getattr(self.params, field.name) for field in dataclasses.fields(self.params)}
-        params.pop("max_length", None)
-        params["value_dim"] = self.params.values
-        return {
-            "params": json.loads(json.dumps(params)), "layout": self.layout, "step": self.step,
-            "entries": [list(entry) for entry in self.entries],
-        }  # fmt: skip
-
-
 class Saved(NamedTuple):
     """A file that has been read."""
 
     description: dict[str, Any]
     sequences: list[Sequence]
 
-    def check(self, mine: State, path: str | os.PathLike[str]) -> None:
-        """Raise CacheError if a cache stores something else than the file has."""
-        want = mine.description()
-        theirs, params = self.description.get("params"), want["params"]
-        if theirs != params and isinstance(theirs, dict):
-            differ = [f"{name} {theirs.get(name)!r} (the cache has {params[name]!r})" for name in params
-                      if theirs.get(name) != params[name]]  # fmt: skip
+    def layout(self, params: Any, path: str | os.PathLike[str]) -> Layout:
+        """How sequences lie in the file, of a cache with these parameters; CacheError if it was saved by another."""
+        for layout in layouts.ALL:
+            want = describe(params, layout)
+            if all(self.description.get(name) == want[name] for name in want):
+                return layout
+        theirs, mine = self.description.get("params"), want["params"]
+        if theirs != mine and isinstance(theirs, dict):
+            differ = [f"{name} {theirs.get(name)!r} (the cache has {mine[name]!r})" for name in mine
+                      if theirs.get(name) != mine[name]]  # fmt: skip
             raise CacheError(f"{os.fspath(path)} was saved with {', '.join(differ) or 'other parameters'}")
-        for name in ("params", "layout", "step", "entries"):
-            if self.description.get(name) != want[name]:
-                raise CacheError(
-                    f"{os.fspath(path)} was saved on another kind of device: its {name} is "
-                    f"{self.description.get(name)}, that of the cache {want[name]}"
-                )
+        says = ", ".join(f"{name} {self.description.get(name)}" for name in want)
+        raise CacheError(f"{os.fspath(path)} is no saved cache: no cache has {says}")
 
 
-def save(path: str | os.PathLike[str], state: State, *, overwrite: bool) -> None:
+def describe(params: Any, layout: Layout) -> dict[str, Any]:
+    """What a file says of a cache, beside its sequences; params : KVCacheParams"""
+    says = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    says.pop("max_length", None)
+    says["value_dim"] = params.values
+    return {
+        "params": json.loads(json.dumps(says)), "layout": type(layout).__name__, "step": layout.step,
+        "entries": [[element, params.n_kv_heads, size] for element, size in layout.entries(params)],
+    }  # fmt: skip
+
+
+def save(
+    path: str | os.PathLike[str], description: dict[str, Any], sequences: list[Sequence], *, overwrite: bool
+) -> None:
     """Write a file under another name, and give it its own when it is complete.
 
     Raises
@@ -100,10 +90,10 @@ def save(path: str | os.PathLike[str], state: State, *, overwrite: bool) -> None
     path = os.fspath(path)
     if not overwrite and os.path.exists(path):
         raise FileExistsError(f"{path} exists; say overwrite=True to replace it")
-    lengths = [{"start": each.start, "length": len(each.positions)} for each in state.sequences]
-    text = json.dumps(state.description() | {"sequences": lengths}).encode()
+    lengths = [{"start": each.start, "length": len(each.positions)} for each in sequences]
+    text = json.dumps(description | {"sequences": lengths}).encode()
     head = _MAGIC + np.array([_VERSION, len(text)], "<u4").tobytes() + text
-    blobs = (a for each in state.sequences for a in (each.positions, *each.arrays))
+    blobs = (a for each in sequences for a in (each.positions, *each.arrays))
     directory, name = os.path.split(path)
     if not os.path.isdir(directory or "."):
         raise FileNotFoundError(f"{directory} is not a directory, so {name} can't be written there")

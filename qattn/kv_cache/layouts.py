@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from qattn import devices
-from qattn.cache_types import BLOCK, CacheType
+from qattn._backend import as_host
+from qattn.cache_types import BLOCK, CacheType, stride
 from qattn.cpu.attend_codes import cell_bytes
 from qattn.cpu.attend_tiles import pack
 from qattn.cpu.attention import CacheView
@@ -23,6 +24,11 @@ class Layout(Protocol):
 
     unit: int
     """Tokens that memory comes in."""
+    step: int
+    """Tokens of an entry of the arrays' third axis."""
+
+    def entries(self, params: Any) -> list[tuple[str, int]]:
+        """Of keys and of values the type of their array's elements, and how many an entry has."""
 
     def room(self, params: Any, sequences: int, capacity: int) -> tuple[Any, Any]:
         """Zeroed arrays for keys and values, whose third axis counts `capacity` tokens in units."""
@@ -31,7 +37,10 @@ class Layout(Protocol):
         """What kernels receive; pages (sequences, pages of each) int64."""
 
     def read(self, params: Any, keys: Any, values: Any, sequence: int, start: int, stop: int) -> tuple[Array, Array]:
-        """Copies of tokens start … stop - 1: (tokens, n_kv_heads, head_dim) and (…, value_dim), float32, on the CPU."""
+        """Copies of tokens start … stop - 1: (tokens, n_kv_heads, head_dim) and (…, value_dim), float32, on the CPU.
+
+        The arrays may be on the CPU, too, whatever the device is.
+        """
 
     def forget(self, params: Any, keys: Any, values: Any, sequence: int, length: int) -> None:
         """Prepare the memory behind the first `length` tokens for others."""
@@ -43,12 +52,15 @@ class Tiles:
     What lies behind the last token of a tile is zero, of codes at least their scales and offsets.
     """
 
-    unit = LANES
+    unit = step = LANES
+
+    def entries(self, params: Any) -> list[tuple[str, int]]:
+        sizes = ((params.key_type, params.head_dim, 1), (params.value_type, params.values, LANES))
+        return [(_element(each[0]), _tile_size(*each)) for each in sizes]
 
     def room(self, params: Any, sequences: int, capacity: int) -> tuple[Array, Array]:
         shape = (sequences, params.n_kv_heads, capacity // LANES)
-        sizes = ((params.key_type, params.head_dim, 1), (params.value_type, params.values, LANES))
-        keys, values = (zeros((*shape, _tile_size(*each)), _element(each[0])) for each in sizes)
+        keys, values = (zeros((*shape, size), np.dtype(element)) for element, size in self.entries(params))
         return keys, values
 
     def view(self, params: Any, keys: Array, values: Array, pages: Array) -> CacheView:
@@ -97,8 +109,8 @@ def _tile_size(type_: CacheType, size: int, unit: int) -> int:
     return -(-size // unit) * unit * LANES
 
 
-def _element(type_: CacheType) -> Any:
-    return {32: np.float32, 16: np.uint16}.get(type_.bits, np.uint8)
+def _element(type_: CacheType) -> str:
+    return {32: "<f4", 16: "<u2"}.get(type_.bits, "|u1")
 
 
 def _floats(tiles: Array, type_: CacheType, of_keys: bool) -> Array:
@@ -147,21 +159,19 @@ def hadamard(x: Array) -> Array:
 class Rows:
     """(sequences, n_kv_heads, tokens, row), see `qattn.cuda.attention` and `qattn.cuda.attend_codes`."""
 
-    unit = 64
+    unit, step = 64, 1
 
     def __init__(self, device: str) -> None:
         self._device = device
 
-    def room(self, params: Any, sequences: int, capacity: int) -> tuple[Any, Any]:
-        from qattn.cuda.attend_codes import stride
+    def entries(self, params: Any) -> list[tuple[str, int]]:
+        sizes = ((params.key_type, params.head_dim), (params.value_type, params.values))
+        return [("<f2" if type_.kind == "f16" else _element(type_), stride(type_.kind, size)) for type_, size in sizes]
 
+    def room(self, params: Any, sequences: int, capacity: int) -> tuple[Any, Any]:
         xp, shape = devices.namespace(self._device), (sequences, params.n_kv_heads, capacity)
-        elements = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
         with devices.current(self._device):
-            keys, values = (
-                xp.zeros((*shape, stride(kind, size)), elements.get(kind, np.uint8))
-                for kind, size in ((params.key_kind, params.head_dim), (params.value_kind, params.values))
-            )
+            keys, values = (xp.zeros((*shape, size), np.dtype(element)) for element, size in self.entries(params))
         return keys, values
 
     def view(self, params: Any, keys: Any, values: Any, pages: Any) -> Any:
@@ -174,7 +184,7 @@ class Rows:
         for array, type_, size in (
             (keys, params.key_type, params.head_dim), (values, params.value_type, params.values)
         ):  # fmt: skip
-            rows = np.ascontiguousarray(devices.copied(array[sequence, :, start:stop], "cpu").transpose(1, 0, 2))
+            rows = np.ascontiguousarray(as_host(array[sequence, :, start:stop]).transpose(1, 0, 2))
             taken = _row_codes(rows, type_, size) if type_.in_blocks else _widened(rows, type_.kind)[..., :size]
             both.append(hadamard(taken) if params.hadamard else taken)
         return both[0], both[1]
@@ -224,3 +234,7 @@ def _widened(stored: Array, kind: str) -> Array:
 def layout_for(device: str) -> Layout:
     """The layout of a device's caches."""
     return Tiles() if device == "cpu" else Rows(device)
+
+
+ALL: tuple[Layout, ...] = (Tiles(), Rows("cpu"))
+"""To read what any device has saved."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,7 +12,10 @@ from qattn._backend import as_host
 from qattn.errors import CacheError
 from qattn.kv_cache import files
 from qattn.kv_cache.base import NEVER, Array, CacheBase
+from qattn.kv_cache.layouts import Layout
 from qattn.rope import RotaryEmbedding
+
+_PIECE = 4096  # tokens that are read and written again at once
 
 
 class SequenceCache(CacheBase):
@@ -202,12 +204,15 @@ class SequenceCache(CacheBase):
         """
         if sequence is not None:
             self._check(sequence)
-        files.save(path, self._state(range(self.sequences) if sequence is None else [sequence]), overwrite=overwrite)
+        chosen = range(self.sequences) if sequence is None else [sequence]
+        kept = [files.Sequence(int(self.starts[s]), self.positions(s), self._raw(s)) for s in chosen]
+        files.save(path, files.describe(self.params, self._layout), kept, overwrite=overwrite)
 
     def load(self, path: str | os.PathLike[str], sequence: int | None = None) -> None:
         """Take all sequences from a file, or one from a file that has one; what they had is forgotten.
 
-        They have the bits that were saved, whether either cache is paged or not.
+        They have the bits that were saved, whether either cache is paged or not, and on whatever device either is; but
+        with `hadamard` on the other kind of device, float types are rounded once more.
 
         Raises
         ------
@@ -218,11 +223,11 @@ class SequenceCache(CacheBase):
         if sequence is not None:
             self._check(sequence)
         saved, targets = files.load(path), list(range(self.sequences)) if sequence is None else [sequence]
-        saved.check(self._state([]), path)
+        layout = saved.layout(self.params, path)
         if len(saved.sequences) != len(targets):
             wanted = f"the cache has {self.sequences}" if sequence is None else "one was asked for"
             raise CacheError(f"{os.fspath(path)} has {len(saved.sequences)} sequences; {wanted}")
-        self._restore(targets, saved.sequences)
+        self._restore(targets, saved.sequences, layout)
 
     # How
 
@@ -257,16 +262,10 @@ class SequenceCache(CacheBase):
         self._place(sequence, before)
         self._mark_edited(sequence, edited)
 
-    def _state(self, sequences: Iterable[int]) -> files.State:
-        """What a file holds of these sequences."""
-        entries = [(a.dtype.str, int(a.shape[1]), int(np.prod(a.shape[3:], dtype=int))) for a in self._arrays]
-        kept = [files.Sequence(int(self.starts[s]), self.positions(s), self._raw(s)) for s in sequences]
-        return files.State(self.params, type(self._layout).__name__, self._step, entries, kept)
-
     def _entries(self, sequence: int, start: int, stop: int) -> list[tuple[int, slice]]:
         """Where in memory tokens lie: page, and entries there."""
-        pieces = self._pieces(sequence, start, stop)
-        return [(page, slice(first // self._step, -(-end // self._step))) for page, first, end in pieces]
+        step, pieces = self._layout.step, self._pieces(sequence, start, stop)
+        return [(page, slice(first // step, -(-end // step))) for page, first, end in pieces]
 
     def _raw(self, sequence: int) -> list[Array]:
         """A sequence as it lies in memory: for each array (kv_heads, entries, …)."""
@@ -281,7 +280,7 @@ class SequenceCache(CacheBase):
             self._layout.forget(self.params, raw[0][None], raw[1][None], 0, count)
         return raw
 
-    def _restore(self, targets: list[int], sequences: list[files.Sequence]) -> None:
+    def _restore(self, targets: list[int], sequences: list[files.Sequence], layout: Layout) -> None:
         starts, lengths = [each.start for each in sequences], [len(each.positions) for each in sequences]
         for start, needed in zip(starts, self._seen(np.array(lengths)).tolist(), strict=True):
             if start > needed:
@@ -289,15 +288,31 @@ class SequenceCache(CacheBase):
                     f"what was saved begins at token {start}, since a window had left others behind; this cache needs "
                     f"those from {needed} on"
                 )
+            if start % self._layout.step:
+                raise CacheError(f"what was saved begins at token {start}, which no cache of this device can do")
         self._replace(targets, starts, lengths)
         for target, saved in zip(targets, sequences, strict=True):
-            done = 0
-            with devices.current(self.device):
-                for page, entries in self._entries(target, saved.start, len(saved.positions)):
-                    count = entries.stop - entries.start
-                    for array, raw in zip(self._arrays, saved.arrays, strict=True):
-                        array[page, :, entries] = devices.asarray(raw[:, done : done + count], self.device)
-                    done += count
+            if type(layout) is type(self._layout):
+                self._copy_raw(target, saved)
+            else:
+                self._rewrite(target, saved, layout)
             self._set_length(target, len(saved.positions))
             self._place(target, saved.positions)
             self._mark_edited(target, 0)  # which tokens they are, the file doesn't say
+
+    def _copy_raw(self, target: int, saved: files.Sequence) -> None:
+        """Take over what lies in memory as it does here."""
+        done = 0
+        with devices.current(self.device):
+            for page, entries in self._entries(target, saved.start, len(saved.positions)):
+                count = entries.stop - entries.start
+                for array, raw in zip(self._arrays, saved.arrays, strict=True):
+                    array[page, :, entries] = devices.asarray(raw[:, done : done + count], self.device)
+                done += count
+
+    def _rewrite(self, target: int, saved: files.Sequence, layout: Layout) -> None:
+        """Write anew what lies otherwise: to round what was rounded gives the same bits."""
+        (keys, values), tokens = saved.arrays, len(saved.positions) - saved.start
+        for first in range(0, tokens, _PIECE):
+            piece = layout.read(self.params, keys[None], values[None], 0, first, min(first + _PIECE, tokens))
+            self._write(target, saved.start + first, *piece)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qattn import cache_types
+from qattn.cache_types import stride
 from qattn.cuda import attention as cuda_attention
-from qattn.cuda.attend_codes import stride
 from qattn.cuda.attention import CacheView, Partial, Storage
 from qattn.kv_cache import layouts
 from qattn.logits import Logits

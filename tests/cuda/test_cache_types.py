@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qattn import KVCache, KVCacheParams, cache_types
+from qattn.cache_types import stride
 from qattn.cuda import heads
-from qattn.cuda.attend_codes import stride
 from qattn.kv_cache import layouts
 from qattn.masks.causal import Causal
 from qattn.rope import RotaryEmbedding
