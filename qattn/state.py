@@ -130,4 +130,17 @@ def of_layer(model: GGUFFile, config: AttentionConfig) -> dict[str, Any]:
                 state[f"{ours}.{kind}"] = model.mapped(config.prefix + name)
     if config.distances:
         state["buckets.weight"] = model.mapped(config.distance_table)
+    if "qkv_proj.weight" in state:
+        _complete_fused(state, config)
     return state
+
+
+def _complete_fused(state: dict[str, Any], config: AttentionConfig) -> None:
+    """What llama.cpp makes of a fused weight: biases may stand apart, and a layer without keys takes the first rows."""
+    apart = [state.pop(f"{name}_proj.bias", None) for name in "qkv"]
+    if "qkv_proj.bias" not in state and all(bias is not None for bias in apart):
+        state["qkv_proj.bias"] = np.concatenate([np.asarray(bias) for bias in apart])
+    if config.shares_cache_of is not None:
+        state["q_proj.weight"] = state.pop("qkv_proj.weight")[: config.num_attention_heads * config.head_dim]
+        if "qkv_proj.scale" in state:
+            state["q_proj.scale"] = state.pop("qkv_proj.scale")

@@ -14,6 +14,7 @@ from tests.block_reference import block, file_tensors
 from tests.conftest import GOLDEN
 from tests.gguf_headers import MORE, Headers
 from tests.reference import nmse
+from tests.strategies import normal
 
 FILES = sorted((GOLDEN / "architectures").glob("*.gguf"))
 
@@ -72,6 +73,7 @@ def test_all_recorded_files_are_supported_as_a_whole():
 
 NO_ROPE, RMS = {"rope": None}, Norm("rms", pytest.approx(1e-6))
 WINDOW = {"attention.sliding_window": 24}
+PREDICTS = WINDOW | {"nextn_predict_layers": 1, "attention.sliding_window_pattern": [True] * 7}
 RATIO = {"attention.compress_ratios": [0, 4] * 4}
 
 CASES = [
@@ -125,6 +127,9 @@ CASES = [
     ("exaone4", {"block_count": 64}, 0, {"mask": SlidingWindow(4096)}),
     ("exaone4", {"block_count": 64}, 3, NO_ROPE | {"mask": Causal()}),
     ("exaone-moe", {}, 0, {"mask": SlidingWindow(128)}),
+    ("exaone-moe", PREDICTS, 7, NO_ROPE | {"mask": Causal()}),
+    ("cohere2moe", PREDICTS, 7, {"mask": Causal()}),
+    ("dots3note", MORE | PREDICTS, 7, {"mask": SlidingWindow(24)}),
     ("cohere2", WINDOW, 3, NO_ROPE | {"mask": Causal()}),
     ("cohere2moe", WINDOW, 4, NO_ROPE | {"mask": Causal()}),
     ("smallthinker", WINDOW, 0, NO_ROPE | {"mask": Causal()}),
@@ -188,6 +193,41 @@ def test_gemma_4_takes_values_from_keys_where_it_has_no_weight_of_values(header)
     assert (second.head_dim, second.value_from_key, second.mask) == (32, True, Causal())
     assert first.v_norm == Norm("rms", pytest.approx(1e-6), weighted=False)
     assert (shared.shares_cache_of, architectures.describe(model, 6).shares_cache_of) == (5, 4)
+
+
+def _loaded(model, layer, x):
+    attn = qattn.GGUFQAttentionWithRope.from_gguf(model, layer, precision="exact", cache_dtype="float32")
+    return attn, attn(x) if attn.config.shares_cache_of is None else None
+
+
+@pytest.mark.parametrize("biases", ["qkv", "qk"])
+def test_biases_may_stand_apart_from_a_fused_weight(header, biases):
+    """All three are added; less of them are left alone."""
+    sizes = {"q": 64, "k": 32, "v": 32}
+    tensors = {
+        f"blk.0.attn_{name}.bias": normal(sizes[name], size) for name, size in zip("qkv", (1, 2, 3), strict=True)
+    }
+    tensors = {name: bias for name, bias in tensors.items() if name[11] in biases}
+    tensors |= {"blk.0.attn_qkv.weight": normal((128, 64), 4), "blk.0.attn_output.weight": normal((64, 64), 5)}
+    model, x = header("llama", {}, tensors), normal((5, 64))
+    attn, output = _loaded(model, 0, x)
+    assert nmse(output, block(attn.config, file_tensors(model), x)[1]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_a_layer_without_keys_takes_the_first_rows_of_a_fused_weight(header, name):
+    metadata = MORE | WINDOW | {"block_count": 30, "attention.sliding_window_pattern": [True, False] * 15}
+    metadata |= {"attention.shared_kv_layers": 10, "rope.dimension_count": 16}
+    metadata |= {f"attention.{name}_length": 16 for name in ("key", "value")}
+    there = {"attn_qkv.weight": normal((128, 64)), "attn_output.weight": normal((64, 64), 1)}
+    there |= {f"attn_{name}_norm.weight": normal(16, 2) for name in "qk"}
+    tensors = {f"blk.{layer}.{name}": value for layer in (18, 19, 24) for name, value in there.items()}
+    model, x = header(name, metadata, tensors), normal((5, 64), 3)
+    reader, _ = _loaded(model, 24, x)
+    stored, _ = _loaded(model, reader.config.shares_cache_of, x)
+    output = reader(x, kv_cache=stored.kv_cache)
+    want = block(reader.config, file_tensors(model), x, other=(stored.config, x))[1]
+    assert nmse(output, want) < 1e-10
 
 
 def test_split_weights_are_absorbed(header):

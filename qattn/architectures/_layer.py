@@ -81,17 +81,18 @@ class Layer:
         say nothing, it has to.
         """
         name = "attention.sliding_window_pattern"
-        listed = self.m.array(name) is not None
-        if not listed and self.m.get(name) is not None:
+        listed = self.m.array(name)
+        if listed is None and self.m.get(name) is not None:
             period = self.m.integer(name, least=0)
-        if not listed and period is None:
+        if listed is None and period is None:
             raise GGUFError(f"metadata {self.m.key(name)} is missing")
 
         def of(index: int) -> bool:
-            if listed:
-                return bool(self.m.integer(name, layer=index, least=0))
-            if not period or index >= self.layers:
-                return index < self.layers
+            beyond = index >= self.layers
+            if listed is not None:  # most writers leave out the layers that predict further tokens
+                return bool((not beyond or index < len(listed)) and self.m.integer(name, layer=index, least=0))
+            if not period or beyond:
+                return not beyond
             return index % period != 0 if dense_first else index % period < period - 1
 
         self._first_windowed = of(0)

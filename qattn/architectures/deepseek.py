@@ -102,7 +102,7 @@ def deepseek32(a: Layer) -> AttentionConfig:
 @register("dots3note")
 def dots3note(a: Layer) -> AttentionConfig:
     """dots.3 note: layers with a window have keys of their own; in the others an indexer selects keys."""
-    windowed = a.windowed()
+    windowed = a.windowed() or a.index >= a.layers
     if not windowed:
         a.sees_all_it_selects(a.m.integer("attention.indexer.top_k"))
     return _latent(
