@@ -117,13 +117,15 @@ class Bench:
             count = max(1, math.ceil(self.sizes.rotation / packed.nbytes)) if tokens == 1 else 1
             copies = [packed, *(packed.to("cpu").to(self.device) for _ in range(count - 1))]
             out = self.cupy.empty((tokens, rows), np.float32)
-            calls = [functools.partial(qattn.matmul, x, w, out=out) for w in copies]
-            seconds = self.seconds(self.recorded(calls)) / count
             work = f"{name} projection {rows} × {columns}, {tokens} tokens"
             if tokens == 1:
-                yield self.row(work, seconds, moved=packed.nbytes)
-            else:
-                yield self.row(work, seconds, operations=2 * tokens * rows * columns)
+                calls = [functools.partial(qattn.matmul, x, w, out=out) for w in copies]
+                yield self.row(work, self.seconds(self.recorded(calls)) / count, moved=packed.nbytes)
+            else:  # "fast" takes the better of the kernels and cuBLAS
+                for precision in ("int8", "fast"):
+                    call = functools.partial(qattn.matmul, x, packed, out=out, precision=precision)
+                    seconds = self.seconds(call)
+                    yield self.row(f"{work}, {precision}", seconds, operations=2 * tokens * rows * columns)
 
     def attention(self) -> Iterator[harness.Row]:
         s, shape = self.sizes, self.sizes.shape

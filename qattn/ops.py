@@ -59,15 +59,16 @@ def matmul(
     precision : "fast", "int8" or "exact"
         "int8" rounds x to 8 bits with a scale per 32 columns, and once more what that leaves over beside an outlier
         (normalized mean squared error at most 5e-4, 3e-5 on Gaussian x).  "exact" computes in float32.  "fast" is
-        "int8", but for 40 rows or more on a CPU with tile registers (Intel's AMX): there both factors are rounded to
-        bfloat16, which takes half the time and errs less (1e-5).  Weights that are floats are multiplied in float32,
-        but for bfloat16 ones in tiles.
+        "int8", or rounds both factors to bfloat16, which errs less (1e-5), where that is faster: for 40 rows or more on
+        a CPU with tile registers (Intel's AMX), which take half the time; and for 256 or more on a GPU if cuBLAS
+        proves to be faster there, which is measured when a size is first seen.  Weights that are floats are
+        multiplied in float32, but for bfloat16 ones in tiles.
 
     Returns
     -------
     (..., rows) float32
-        A row's bits depend on that row of x alone, not on the number of threads or of other rows (but for whether
-        they are enough for "fast" to take tiles).  A row with NaN or infinity gives NaN.
+        A row's bits depend on that row of x alone, not on the number of threads or of other rows, but for whether
+        "fast" takes bfloat16.  A row with NaN or infinity gives NaN.
 
     Raises
     ------

@@ -6,6 +6,7 @@ so that mixing them up with host arrays can be noticed: a kernel refuses a host 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
 import types
@@ -32,6 +33,10 @@ class ndarray(np.ndarray):
     @property
     def device(self) -> Any:
         return Device()
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(ptr=self.ctypes.data)
 
 
 def asarray(x: Any, dtype: Any = None, **_: Any) -> ndarray:
@@ -170,13 +175,47 @@ class Function:
             _stream.captured.append(run)
 
 
+def _gemm_ex(
+    handle: int, trans_a: int, trans_b: int, m: int, n: int, k: int, alpha: int,
+    a: int, a_type: int, a_lead: int, b: int, b_type: int, b_lead: int, beta: int,
+    c: int, c_type: int, c_lead: int, compute_type: int, algorithm: int,
+) -> None:  # fmt: skip
+    """C = alpha · op(A) @ op(B) + beta · C over matrices that lie column by column, as cuBLAS defines it."""
+    if _stream.captured is not None:
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+    assert (handle, a_type, b_type, c_type, compute_type) == (7, 14, 14, 0, 68)  # bfloat16, float32
+
+    def matrix(at: int, element: Any, rows: int, columns: int, lead: int) -> np.ndarray:
+        assert lead >= rows
+        there = np.ctypeslib.as_array(ctypes.cast(at, ctypes.POINTER(element)), (columns, lead))
+        return there[:, :rows].T
+
+    def operand(at: int, transposed: int, rows: int, columns: int, lead: int) -> np.ndarray:
+        stored = matrix(at, ctypes.c_uint16, *((columns, rows) if transposed else (rows, columns)), lead)
+        values = (stored.astype(np.uint32) << 16).view(np.float32)
+        return values.T if transposed else values
+
+    scale, keep = (ctypes.cast(at, ctypes.POINTER(ctypes.c_float))[0] for at in (alpha, beta))
+    assert keep == 0
+    matrix(c, ctypes.c_float, m, n, c_lead)[...] = scale * (
+        operand(a, trans_a, m, k, a_lead) @ operand(b, trans_b, k, n, b_lead)
+    )
+
+
+cublas = types.SimpleNamespace(
+    CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1, gemmEx=_gemm_ex
+)
 runtime = types.SimpleNamespace(
-    getDeviceCount=lambda: 1, CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {})
+    getDeviceCount=lambda: 1,
+    CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {}),
+    CUDA_R_32F=0,
+    CUDA_R_16BF=14,
 )
 cuda = types.SimpleNamespace(
     Event=Event,
     get_elapsed_time=lambda start, end: 1e3 * (end.time - start.time),
     Device=Device,
+    device=types.SimpleNamespace(get_cublas_handle=lambda: 7),
     Stream=Stream,
     Graph=Graph,
     runtime=runtime,

@@ -40,6 +40,8 @@ ROPES = [
     ("qwen3vl", {"rope.dimension_sections": [3, 3, 2, 0]}, 0, {"section_order": "interleaved", "pairing": "neox"}),
     ("glm4", {"rope.dimension_sections": [2, 3, 3, 0]}, 0, {"pairing": "neox", "sections": (2, 3, 3)}),
     ("glm4", {}, 0, {"pairing": "interleaved", "sections": ()}),
+    ("hunyuan-dense", {"rope.dimension_sections": [2, 3, 3, 0]}, 0, {"pairing": "neox", "sections": ()}),
+    ("hunyuan_vl", {"rope.dimension_sections": [2, 3, 3, 0]}, 0, {"pairing": "neox", "sections": (2, 3, 3)}),
     ("hunyuan-dense", {"rope.scaling.alpha": 1000.0}, 0, {"theta": pytest.approx(1e4 * 1000 ** (16 / 14))}),
 ]
 

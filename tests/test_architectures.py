@@ -74,6 +74,7 @@ def test_all_recorded_files_are_supported_as_a_whole():
 NO_ROPE, RMS = {"rope": None}, Norm("rms", pytest.approx(1e-6))
 WINDOW = {"attention.sliding_window": 24}
 PREDICTS = WINDOW | {"nextn_predict_layers": 1, "attention.sliding_window_pattern": [True] * 7}
+NO_BIASES, NO_SCALES = ({f"attn_{name}.{kind}" for name in ("q", "k", "v", "qkv")} for kind in ("bias", "scale"))
 RATIO = {"attention.compress_ratios": [0, 4] * 4}
 
 CASES = [
@@ -156,6 +157,9 @@ CASES = [
         0,
         {"mask": Causal()},
     ),
+    ("hy_v4", MORE, 0, {"unused": frozenset({"attn_gate.scale", "attn_output.scale"})}),
+    ("mimo2", MORE | {"nextn_predict_layers": 1}, 6, {"unused": frozenset(NO_BIASES | NO_SCALES)}),
+    ("mimo2", MORE | {"nextn_predict_layers": 1}, 7, {"unused": frozenset(NO_BIASES)}),
     ("minimax-m3", {"leading_dense_block_count": 1}, 0, {"k_norm": RMS}),
 ]
 

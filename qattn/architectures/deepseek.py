@@ -122,7 +122,8 @@ def hy_v4(a: Layer) -> AttentionConfig:
     selected = a.m.integer("attention.indexer.top_k", 0)
     if selected:
         a.sees_all_it_selects(selected)
-    return _latent(a, rope=a.rope("interleaved"), sinks=True, tensors=_INDEXER, **a.gate("sigmoid"))
+    gate = a.gate("sigmoid") | {"unused": frozenset({"attn_gate.scale", "attn_output.scale"})}
+    return _latent(a, rope=a.rope("interleaved"), sinks=True, tensors=_INDEXER, **gate)
 
 
 @register("bailingmoe3")

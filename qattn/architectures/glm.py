@@ -30,8 +30,8 @@ def hunyuan_moe(a: Layer) -> AttentionConfig:
 
 @register("hunyuan-dense", "hunyuan_vl")
 def hunyuan(a: Layer) -> AttentionConfig:
-    """Hunyuan: the same; the base grows with ``rope.scaling.alpha``."""
+    """Hunyuan: the same; the base grows with ``rope.scaling.alpha``, and with pictures there are sections."""
     size = a.head_dims()[0]
     base = a.freq_base * a.m.number("rope.scaling.alpha", 1.0) ** (size / (size - 2))
-    sections = "blocks" if _rope.use_sections(a.m) else ""
+    sections = "blocks" if a.m.architecture == "hunyuan_vl" and _rope.use_sections(a.m) else ""
     return a.attention(rope=a.rope("neox", base=base, sections=sections), **a.qk_norms(), norm_after_rope=True)

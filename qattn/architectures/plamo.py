@@ -20,6 +20,7 @@ def plamo(a: Layer) -> AttentionConfig:
 def plamo2(a: Layer) -> AttentionConfig:
     """PLaMo 2: layers without KV heads are recurrent; norms with a row of weights for each head."""
     a.not_recurrent(a.without_kv_heads())
+    # The model turns whole heads.  llama.cpp takes the size from the first layer, a recurrent one, and gets 0.
     return a.attention(rope=a.rope("neox"), **a.qk_norms(), scale=a.head_dims()[1] ** -0.5, unused=_PLAIN)
 
 

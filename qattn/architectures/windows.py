@@ -139,14 +139,18 @@ def step35(a: Layer) -> AttentionConfig:
 
 @register("mimo2")
 def mimo2(a: Layer) -> AttentionConfig:
-    """Xiaomi's MiMo-V2: sinks in some layers, and a factor of the output.  Projections have no bias and no scale."""
+    """Xiaomi's MiMo-V2: sinks in some layers, and a factor of the output.
+
+    Projections have no bias, and no scale but in the layers that predict further tokens.
+    """
     windowed = a.windowed()
+    kinds = ("bias",) if a.index >= a.layers else ("bias", "scale")
     return a.attention(
         mask=a.mask(a.window() if windowed else 0),
         **window_rope(a, windowed),
         sinks=a.has("attn_sinks.weight"),
         output_scale=a.m.number("attention.value_scale", 1.0),
-        unused=frozenset({f"attn_{name}.{kind}" for name in ("q", "k", "v", "qkv") for kind in ("bias", "scale")}),
+        unused=frozenset({f"attn_{name}.{kind}" for name in ("q", "k", "v", "qkv") for kind in kinds}),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from qattn import formats
 from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.cuda import attention as cuda_attention
+from qattn.cuda import dense, feed_forward, tuning
 from qattn.cuda import dequantize as cuda_dequantize
-from qattn.cuda import feed_forward
 from qattn.cuda import heads as cuda_heads
 from qattn.cuda import matmul as cuda_matmul
 from qattn.cuda import rope as cuda_rope
@@ -47,6 +48,30 @@ def unpack(part: Part, out: Array) -> None:
 
 def multiply(x: Array, matrix: PackedMatrix, out: Array, precision: str) -> None:
     """out = x @ matrix.T: x (tokens, columns) and out (tokens, rows), float32, C-contiguous."""
+    layouts = tuple(part.layout for part in matrix.parts)
+    if precision != "fast" or not dense.fits(len(x), matrix.shape, layouts):
+        _multiply_packed(x, matrix, out, precision)
+        return
+    ways = {
+        "packed": partial(_multiply_packed, x, matrix, out, precision),
+        "dense": partial(_multiply_dense, x, matrix, out),
+    }
+    tuning.run_fastest((layouts, matrix.shape, len(x).bit_length()), ways)
+
+
+def _multiply_dense(x: Array, matrix: PackedMatrix, out: Array) -> None:
+    """The same with values of the weights, by cuBLAS."""
+    import cupy
+
+    narrow, weights = cupy.empty(x.shape, np.uint16), cupy.empty(matrix.shape, np.uint16)
+    dequantize(x.view(np.uint8), formats.get("F32"), narrow)
+    for part in matrix.parts:
+        unpack_part(part.packed, part.layout, weights)
+    dense.multiply(narrow, weights, out)
+
+
+def _multiply_packed(x: Array, matrix: PackedMatrix, out: Array, precision: str) -> None:
+    """The same with packed weights, by kernels."""
     last: Any = None
     prepared: Any = x
     exact = precision == "exact"

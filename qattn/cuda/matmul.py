@@ -26,6 +26,8 @@ There are three ways to divide the work; `product` chooses by the number of toke
     memory while those before are multiplied.
 `exact`, in `qattn.cuda.matmul_exact`, multiplies float32 activations, and weights that are floats.
 
+And where cuBLAS is faster than `prefill`, it may take the place: see `qattn.cuda.dense`.
+
 A token's results depend on its own activations and on the weights alone, whatever stands beside it, and are the same
 each time: there are no atomic additions.  But `decode` and `prefill` add cells up in different orders, so they agree to
 float32 rounding only (a normalized mean squared error of about 1e-14), and so they do with the CPU.
