@@ -3,10 +3,13 @@
 Operations are those of the two products, over the pairs that a causal mask leaves: 4 · head_dim for each pair and head.
 What binds is either those (in bfloat16 for that cache, in bytes for codes, else in float32) or reading K and V once;
 the share is that of whichever takes longer on this machine (see roofline.py).  Calls go over copies of the cache that
-together exceed the processor's caches.
+together exceed the processor's caches; types of the cache are timed in turn, since memory is faster in some minutes
+than in others.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import harness
 import numpy as np
@@ -26,30 +29,36 @@ CASES = {
 }  # tokens, and the depth behind which they come
 
 
-def measure(case: str, shape: Shape, dtype: str, args) -> harness.Row:  # type: ignore[no-untyped-def]
+def measure(case: str, shape: Shape, args) -> Iterator[harness.Row]:  # type: ignore[no-untyped-def]
+    """A row for each type of the cache, which are timed in turn."""
     tokens, depth = CASES[case]
-    params = qattn.KVCacheParams(shape.kv_heads, shape.head_dim, dtype=dtype)
-    kv_bytes = params.bytes_per_token * (depth + tokens)
-    caches = [random_cache(params, depth + tokens) for _ in range(harness.copies(kv_bytes))]
     q, offsets, mask = gaussian(tokens, shape.heads, shape.head_dim), np.array([0, tokens]), masks.get("causal")
-    call = harness.in_turn(
-        caches, lambda cache: cpu.attend(q, cache, offsets, mask, Logits(shape.head_dim**-0.5), exact=args.exact)
-    )
-    time = harness.measure(call, args.rounds)
+
+    def attend(cache: qattn.KVCache) -> None:
+        cpu.attend(q, cache, offsets, mask, Logits(shape.head_dim**-0.5), exact=args.exact)
+
+    params = {dtype: qattn.KVCacheParams(shape.kv_heads, shape.head_dim, dtype=dtype) for dtype in args.dtypes}
+    kv_bytes = {dtype: each.bytes_per_token * (depth + tokens) for dtype, each in params.items()}
+    calls = {}
+    for dtype, each in params.items():
+        caches = [random_cache(each, depth + tokens) for _ in range(harness.copies(kv_bytes[dtype]))]
+        calls[dtype] = harness.in_turn(caches, attend)
     operations = shape.attention_ops(tokens, depth)
-    kind = "f32" if args.exact else "dot4" if params.key_type.in_blocks else "bf16" if dtype == "bfloat16" else "f32"
-    floor, bound = roofline.limits(args.threads).floor(read=kv_bytes, **{kind: operations})
-    return {
-        "case": case,
-        "cache": dtype,
-        "head": shape.head_dim,
-        "ms": 1e3 * time.median,
-        "± %": 100 * time.spread,
-        "GFLOP/s": operations / time.median / 1e9,
-        "KV GB/s": kv_bytes / time.median / 1e9,
-        "bound": bound,
-        "share %": 100 * floor / time.median,
-    }
+    for dtype, time in harness.compare(calls, args.rounds).items():
+        of_codes = params[dtype].key_type.in_blocks
+        kind = "f32" if args.exact else "dot4" if of_codes else "bf16" if dtype == "bfloat16" else "f32"
+        floor, bound = roofline.limits(args.threads).floor(read=kv_bytes[dtype], **{kind: operations})
+        yield {
+            "case": case,
+            "cache": dtype,
+            "head": shape.head_dim,
+            "ms": 1e3 * time.median,
+            "± %": 100 * time.spread,
+            "GFLOP/s": operations / time.median / 1e9,
+            "KV GB/s": kv_bytes[dtype] / time.median / 1e9,
+            "bound": bound,
+            "share %": 100 * floor / time.median,
+        }
 
 
 def main() -> None:
@@ -62,7 +71,7 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="multiply a bfloat16 cache in float32")
     args = harness.start(parser)
     shapes = [Shape(args.heads * dim, args.heads, args.kv_heads, dim) for dim in args.head_dims]
-    rows = [measure(case, shape, dtype, args) for shape in shapes for dtype in args.dtypes for case in args.cases]
+    rows = [row for shape in shapes for case in args.cases for row in measure(case, shape, args)]
     harness.report(args, rows, x="case", y="share %", by="head" if len(shapes) > 1 else "cache")
 
 

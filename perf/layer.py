@@ -88,7 +88,7 @@ def _stage_times(layer: Any, cache: qattn.KVCache, x: Any, depth: int) -> list[f
         times.append(time.perf_counter())
         return result
 
-    qkv = clock(lambda: layer._projection(x))
+    qkv = clock(lambda: layer._weights.projection(x))
     q = np.empty((len(x), layer.num_attention_heads, layer.kv_params.head_dim), np.float32)
     clock(lambda: cpu.rotate_and_store(qkv, rotation, batch, cache, q))
     heads, _ = clock(lambda: cpu.attend(q, cache, offsets, layer.mask, Logits(layer.scale), exact=False))

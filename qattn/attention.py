@@ -16,16 +16,16 @@ from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.devices import only as single_device
 from qattn.errors import CacheError, DeviceError
-from qattn.head_steps import HeadNorm, Temperatures, head_norms, logits_of
 from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache, cascading
 from qattn.latent import LatentProjection
+from qattn.layer_weights import LayerWeights
+from qattn.layer_weights import take as take_weights
 from qattn.linear import Linear
 from qattn.logits import Logits
 from qattn.masks import Mask, MHAMaskVariant
 from qattn.masks import get as get_mask
-from qattn.packing import PackedMatrix
 from qattn.probe import Probe
-from qattn.projection import Projection, heads_of, stores
+from qattn.projection import heads_of, stores
 from qattn.rope import RotaryEmbedding, Rotation
 from qattn.softmax_attention import by_positions, score_bias
 from qattn.state import State
@@ -129,13 +129,7 @@ class AttentionWithRope(Watched):
         self.precision = precision
         self.kv_cache: SequenceCache = KVCache(kv_params, device=self.device)
         """The layer's own cache, which a call without `kv_cache` continues."""
-        self._projection: Projection | LatentProjection | None = None
-        self._memory: Projection | None = None
-        self._norms: list[tuple[HeadNorm, int]] = []
-        self._output_norm: HeadNorm | None = None
-        self._temperatures: Temperatures | None = None
-        self._output_factor: Any = None
-        self._logits = Logits(self.scale)
+        self._weights: LayerWeights | None = None
         self._head_scale: Array | None = None
         self._head_factor: Any = None
         self.o_proj: Linear | None = None
@@ -199,41 +193,15 @@ class AttentionWithRope(Watched):
         ValueError
             If there is one that is unknown, or has a wrong shape, dtype or format.  The layer is as it was.
         """
-        given, c = State(state, self._weight), self.config
-        projection: Projection | LatentProjection
-        memory: Projection | None = None
-        if c.latent is not None:
-            projection = LatentProjection(c, given, device=self.device, precision=self.precision)
-        else:
-            options: dict[str, Any] = {"has_bias": self.has_bias, "clip": self.clip_qkv}
-            options |= {"device": self.device, "precision": self.precision}
-            projection = Projection(c, given, "qkv" if stores(c) else "q", **options)
-            memory = Projection(c, given, "kv", **options) if c.cross else None
-        norms = head_norms(c, given, self.device)
-        inner = c.num_attention_heads * (c.value_dim if c.latent is None else c.latent.value_dim)
-        output_norm = None
-        if c.output_norm is not None:
-            output_norm = HeadNorm(c.output_norm, "output_norm", given, 1, inner, self.device)
-        factor = c.value_scale * c.output_scale * given.factor("o_proj")
-        wo = given.matrix("o_proj", c.hidden_size, inner)
-        if "o_proj.bias" in given and not self.has_bias:
-            raise ValueError("o_proj.bias was given, but has_bias is False")
-        logits = logits_of(c, given, self.device)
-        given.end()
-        packed_wo = PackedMatrix(wo).to(self.device) if self.linear_cls is Linear else wo
-        self.o_proj = self.linear_cls(packed_wo, state.get("o_proj.bias"), precision=self.precision)
-        self._output_nbytes = packed_wo.nbytes
-        self._projection, self._memory, self._logits = projection, memory, logits
-        self._norms, self._output_norm = norms, output_norm
-        self._output_factor = None
-        if factor != 1:
-            self._output_factor = devices.asarray(np.full(inner, factor, np.float32), self.device)
-        self._temperatures = None if c.temperature is None else Temperatures(c.temperature, self.device)
+        options: dict[str, Any] = {"has_bias": self.has_bias, "clip": self.clip_qkv}
+        options |= {"device": self.device, "precision": self.precision}
+        self._weights = take_weights(self.config, State(state, self._weight), self.linear_cls, **options)
+        self.o_proj = self._weights.output
 
     @property
     def wqkv(self) -> QuantArray:
         """The fused weights of q, k and v, (outputs, hidden_size), clamped if there is a `clip_qkv`."""
-        projection = self._loaded()
+        projection = self._loaded().projection
         if isinstance(projection, LatentProjection):
             raise NotImplementedError("multi-head latent attention has no fused weights: its projection has two steps")
         return projection.wqkv
@@ -241,17 +209,17 @@ class AttentionWithRope(Watched):
     @property
     def wqkv_bias(self) -> Array | None:
         """The fused bias of q, k and v, (outputs,) float32, or None."""
-        return None if self._projection is None else self._projection.bias
+        return None if self._weights is None else self._weights.projection.bias
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights, all of which a step reads."""
-        return self._loaded().nbytes + self._output_nbytes
+        return self._loaded().nbytes
 
-    def _loaded(self) -> Projection | LatentProjection:
-        if self._projection is None:
+    def _loaded(self) -> LayerWeights:
+        if self._weights is None:
             raise ValueError("the layer has no weights yet; give it some with load_state_dict() or from_gguf()")
-        return self._projection
+        return self._weights
 
     @property
     def head_scale(self) -> Array | None:
@@ -329,7 +297,7 @@ class AttentionWithRope(Watched):
         given = None if positions is None else ops.token_positions(positions, len(x), self.rope)
         at = cache.positions_at(batch.slots, batch.places) if given is None else given
         rotation, angles = self._rotation_at(at, len(x))
-        logits, chosen = self._logits, self.mask if mask is None or hasattr(mask, "dtype") else get_mask(mask)
+        logits, chosen = self._loaded().logits, self.mask if mask is None or hasattr(mask, "dtype") else get_mask(mask)
         if hasattr(mask, "dtype"):
             shape = (len(x), self.num_attention_heads, int(lengths.max(initial=0)))
             logits = logits._replace(bias=score_bias("mask", mask, shape, self.device))
@@ -352,12 +320,13 @@ class AttentionWithRope(Watched):
         ValueError
             If this is no layer of cross attention, or the shape is wrong.
         """
-        if self._memory is None:
+        memory = self._loaded().memory
+        if memory is None:
             raise ValueError("the layer attends to its own input, not to another sequence: call it")
         cache = self.kv_cache if kv_cache is None else kv_cache
         states, offsets = self._check_input(states, cache, row_offsets)
         with devices.current(self.device):
-            ops.store(self._memory(states), cache, offsets)
+            ops.store(memory(states), cache, offsets)
 
     def forward(
         self,
@@ -376,10 +345,11 @@ class AttentionWithRope(Watched):
         rotation : for all of the batch's angles
         logits, probe, mask : instead of the layer's own
         """
-        probe, logits, mask = probe or self.probe, logits or self._logits, self.mask if mask is None else mask
-        rows = self._projection(x)  # type: ignore[misc]
-        rotation = self._prepare(rows, batch, rotation)
-        merged = self._merge(self._attend(rows, cache, batch, rotation, logits, probe, mask), rows)
+        w = self._loaded()
+        probe, logits, mask = probe or self.probe, logits or w.logits, self.mask if mask is None else mask
+        rows = w.projection(x)
+        rotation = self._prepare(w, rows, batch, rotation)
+        merged = self._merge(w, self._attend(rows, cache, batch, rotation, logits, probe, mask), rows)
         out: Array = self.o_proj(merged)  # type: ignore[misc]
         if probe is not None:
             probe.projected(x, merged, out)
@@ -424,17 +394,17 @@ class AttentionWithRope(Watched):
         _check.shape("row_offsets", offsets, (cache.sequences + 1,))
         return x, offsets
 
-    def _prepare(self, rows: Array, batch: Batch, rotation: Rotation) -> Rotation:
+    def _prepare(self, w: LayerWeights, rows: Array, batch: Batch, rotation: Rotation) -> Rotation:
         """Normalize heads, and heat queries, in place → the rotation that is left to do."""
         c, backend = self.config, backends.of(rows)
         if c.norm_after_rope:
             heads = sum(count for count, _ in heads_of(c)[:2])
             backend.rotate_heads(rows, heads, c.head_dim, rotation, batch.angles)
             rotation = Rotation.none(len(rotation.cos), self.device)
-        for norm, first in self._norms:
+        for norm, first in w.norms:
             norm(rows, first)
-        if self._temperatures is not None:
-            table = self._temperatures.table(len(rotation.cos))
+        if w.temperatures is not None:
+            table = w.temperatures.table(len(rotation.cos))
             backend.scale_tokens(rows, 0, c.num_attention_heads * c.head_dim, table, batch.angles)
         return rotation
 
@@ -468,18 +438,18 @@ class AttentionWithRope(Watched):
             probe.lse = lse
         return heads  # type: ignore[no-any-return]
 
-    def _merge(self, heads: Array, rows: Array) -> Array:
+    def _merge(self, w: LayerWeights, heads: Array, rows: Array) -> Array:
         """The heads' output (tokens, heads, value_dim) → the input of the output projection, (tokens, n) float32."""
         c, backend = self.config, backends.of(heads)
-        if isinstance(self._projection, LatentProjection):
-            heads = self._projection.expand(heads)
+        if isinstance(w.projection, LatentProjection):
+            heads = w.projection.expand(heads)
         if c.gate is not None:
             first = sum(count * size for count, size in heads_of(c))
             backend.gate(heads, rows, first, rows.shape[1] - first == c.num_attention_heads, c.gate.function)
         merged = heads.reshape(len(rows), heads.shape[1] * heads.shape[2])
-        if self._output_norm is not None:
-            self._output_norm(merged, 0)
-        for factor in (self._output_factor, self._head_factor):
+        if w.output_norm is not None:
+            w.output_norm(merged, 0)
+        for factor in (w.output_factor, self._head_factor):
             if factor is not None:
                 backend.finish(merged, factor, None, None)
         return merged
@@ -490,8 +460,9 @@ class AttentionWithRope(Watched):
 
     def __repr__(self) -> str:
         p, weights = self.kv_params, "no weights"
-        if self._projection is not None:
-            weights = "latent" if isinstance(self._projection, LatentProjection) else self._projection.wqkv.format
+        if self._weights is not None:
+            projection = self._weights.projection
+            weights = "latent" if isinstance(projection, LatentProjection) else projection.wqkv.format
         return (
             f"{type(self).__name__}(hidden_size={self.hidden_size}, heads={self.num_attention_heads}/{p.n_kv_heads}, "
             f"head_dim={p.head_dim}, wqkv={weights}, {self.rope!r}, cache={p.dtype}, device={self.device!r})"

@@ -25,6 +25,7 @@ FLOORS = [
     ("ops",),
     ("softmax_attention", "linear", "architectures"),
     ("state", "head_steps", "projection", "latent", "probe"),
+    ("layer_weights",),
     ("attention", "capabilities"),
     ("gguf_attention",),
     ("introspect",),

@@ -175,7 +175,7 @@ def test_functions_give_what_they_give_on_a_cpu(cupy):
 def test_a_layer_gives_what_it_gives_on_a_cpu(cupy, cache, bias):
     there, here = (layer(bias=bias, cache=cache, devices=[device]) for device in ("cuda:0", "cpu"))
     assert there.device == "cuda:0" and there.devices == ["cuda:0"] and "cuda:0" in repr(there)
-    assert isinstance(there._projection._packed.parts[0].packed.codes, cupy.ndarray)
+    assert isinstance(there._weights.projection._packed.parts[0].packed.codes, cupy.ndarray)
     bound = 1e-6 if cache == "float32" else 1e-4
     for tokens in (5, 1, 1, 20, 1):
         x = normal((tokens, there.hidden_size), tokens)
