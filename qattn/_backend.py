@@ -58,7 +58,15 @@ def is_aligned(x: Any) -> bool:
 
 
 def as_float32(x: Any) -> Any:
-    """An array as C-contiguous float32, and aligned as kernels need it: copied if it isn't."""
+    """An array as C-contiguous float32, and aligned as kernels need it: copied if it isn't.
+
+    Raises
+    ------
+    ValueError
+        It holds complex numbers, or no numbers at all.
+    """
+    if x.dtype.kind not in "fiub":
+        raise ValueError(f"an array has dtype {x.dtype}; expected floats")
     xp = namespace(x)
     values = xp.ascontiguousarray(x, np.float32)
     return values if is_aligned(values) else values.copy()

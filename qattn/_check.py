@@ -51,14 +51,14 @@ def at_least(name: str, value: int, minimum: int) -> None:
 
 
 def number(name: str, value: Any, least: float | None = None) -> None:
-    """Raise ValueError unless `value` is a finite number, and reaches `least`."""
-    if (
-        not isinstance(value, (int, float, np.number))
-        or not math.isfinite(value)
-        or (least is not None and value < least)
-    ):
+    """Raise ValueError unless `value` is a number that float32 has room for, and reaches `least`."""
+    size: Any = abs(value) if isinstance(value, (int, float, np.integer, np.floating)) else math.nan
+    if not (size == 0 or _TINY <= size <= _HUGE) or (least is not None and value < least):
         more = "" if least is None else f", {least} or more"
-        raise ValueError(f"{name} is {value!r}; expected a finite number{more}")
+        raise ValueError(f"{name} is {value!r}; expected a finite number{more}, not beyond what float32 holds")
+
+
+_TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 MAX_POSITION = (1 << 24) - 1  # of a token: no context is longer, and tables of angles have a row for each
@@ -71,8 +71,9 @@ def positions(name: str, array: Any) -> None:
     low, high = array.min(initial=0), array.max(initial=0)
     if low < 0 or high > MAX_POSITION:
         worst = low if low < 0 else high
-        where = ", ".join(map(str, np.argwhere(array == worst)[0]))
-        raise ValueError(f"{name}[{where}] is {worst}; a position is at least 0, and at most {MAX_POSITION}")
+        where = ", ".join(map(str, np.argwhere(array == worst)[0])) if array.ndim else ""
+        which = f"{name}[{where}] is" if where else f"{name} are"
+        raise ValueError(f"{which} {worst}; a position is at least 0, and at most {MAX_POSITION}")
 
 
 def finite(name: str, array: Any) -> None:
@@ -81,4 +82,15 @@ def finite(name: str, array: Any) -> None:
         where = np.argwhere(~np.isfinite(array))[0]
         raise ValueError(
             f"{name}[{', '.join(map(str, where))}] is {array[tuple(where)]}; attention needs finite numbers"
+        )
+
+
+def scores(name: str, array: Any) -> None:
+    """Raise ValueError if a NumPy array of what is added to scores holds NaN, or what float32 has as infinity."""
+    wrong = ~(array <= _HUGE)
+    if wrong.any():
+        where = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"{name}[{', '.join(map(str, where))}] is {array[tuple(where)]}; scores need finite numbers, or -inf "
+            "for keys that are not seen"
         )

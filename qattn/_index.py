@@ -18,7 +18,7 @@ def row_keys(key: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
         The index reaches into the last axis, where weights share scales, or would add an axis.
     """
     keys = list(key) if isinstance(key, tuple) else [key]
-    keys = [np.asarray(k, None if k else np.intp) if isinstance(k, list) else k for k in keys]
+    keys = [np.asarray(k, None if k else np.intp) if isinstance(k, (list, tuple)) else k for k in keys]
     if any(k is None or isinstance(k, (bool, np.bool_)) for k in keys):
         raise IndexError(f"index {key!r} would add an axis to quantized rows; {_REMEDY}")
     axes = [_axes(k) for k in keys]

@@ -169,6 +169,9 @@ class QuantArray(NDArrayOperatorsMixin):
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value of weights is ambiguous; ask w.size, or np.any(w)")
+
     def __repr__(self) -> str:
         names = self._format_names()
         form = repr(names[0]) if len(names) == 1 else f"'mixed' ({', '.join(names)})"
@@ -312,6 +315,8 @@ def _product(x: Any, w: Any, out: Any = None) -> Any:
 def _operand(x: Any, name: str) -> Array:
     """Return a factor as a NumPy array of floats."""
     values = _dequantized(x) if isinstance(x, (QuantArray, Transposed)) else as_array(x, name)
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"{name} has dtype {values.dtype}; quantized weights are multiplied by floats")
     return values.astype(np.float32) if values.dtype.kind in "biu" else values
 
 
@@ -371,6 +376,8 @@ def _quantized(x: Any) -> QuantArray:
     if isinstance(x, QuantArray):
         return x
     values = np.atleast_1d(as_numpy(x))
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"an array of {values.dtype} can't stand beside quantized rows; expected floats")
     name = {"float16": "F16", "float64": "F64"}.get(values.dtype.name, "F32")
     dtype = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[name]
     return QuantArray(np.ascontiguousarray(values, dtype).view(np.uint8), name)

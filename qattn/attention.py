@@ -228,13 +228,15 @@ class AttentionWithRope(Watched):
 
     @head_scale.setter
     def head_scale(self, factors: Any) -> None:
-        self._head_factor = self._head_scale = None
-        if factors is not None:
-            c, factors = self.config, np.array(as_host(factors, "head_scale"), np.float32)
-            _check.shape("head_scale", factors, (c.num_attention_heads,))
-            factors.flags.writeable = False
-            size = c.value_dim if c.latent is None else c.latent.value_dim
-            self._head_scale, self._head_factor = factors, devices.asarray(np.repeat(factors, size), self.device)
+        if factors is None:
+            self._head_factor = self._head_scale = None
+            return
+        c, factors = self.config, np.array(as_float32(as_host(factors, "head_scale")))
+        _check.shape("head_scale", factors, (c.num_attention_heads,))
+        _check.finite("head_scale", factors)
+        factors.flags.writeable = False
+        size = c.value_dim if c.latent is None else c.latent.value_dim
+        self._head_scale, self._head_factor = factors, devices.asarray(np.repeat(factors, size), self.device)
 
     # Forward
 
@@ -363,7 +365,7 @@ class AttentionWithRope(Watched):
 
     def _rotation_at(self, positions: Any, tokens: int) -> tuple[Rotation, Array]:
         """The angles of tokens at these positions: a table, and a row of it for each token."""
-        if self.rope is not None and np.ndim(positions) > 1:
+        if self.rope is not None and self.config.temperature is None:
             return self.rope.rotation_at(positions, self.device)
         angles = ops.token_positions(positions, tokens)
         return self.rotation(int(angles.max(initial=-1)) + 1), angles

@@ -106,7 +106,10 @@ class GGUFQAttentionWithRope(AttentionWithRope):
             has_bias=any(name.endswith("_proj.bias") for name in weights),
             precision=precision,
         )
-        attention.load_state_dict(weights)
+        try:
+            attention.load_state_dict(weights)
+        except (KeyError, ValueError) as error:  # of an untrusted file
+            raise GGUFError(f"{model.path}, layer {layer}: {error.args[0]}") from None
         return attention
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from qattn import devices, ops
 from qattn.architectures import AttentionConfig
-from qattn.array import QuantArray
 from qattn.head_steps import HeadNorm, Temperatures, head_norms, logits_of
 from qattn.latent import LatentProjection
 from qattn.linear import Linear

@@ -95,14 +95,18 @@ def affine(
     rows, columns = matrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {x.shape}; weights {matrix.shape} need (..., {columns})")
+    xp, backend, given = namespace(x), backends.of(x), out is not None
     with devices.current(matrix.device):
-        out = output(out, namespace(x), (*x.shape[:-1], rows))
+        out = output(out, xp, (*x.shape[:-1], rows))
         if out.size:
-            flat = as_float32(x).reshape(-1, columns)
-            backend = backends.of(x)
-            backend.multiply(flat, matrix, out.reshape(-1, rows), precision)
+            flat, products = as_float32(x), out.reshape(-1, rows)
+            flat = without(flat, out, xp) if given else flat
+            if columns:
+                backend.multiply(flat.reshape(-1, columns), matrix, products, precision)
+            else:
+                out[...] = 0
             if bias is not None or factor is not None or limit is not None:
-                backend.finish(out.reshape(-1, rows), factor, bias, limit)
+                backend.finish(products, factor, bias, limit)
     return out
 
 
@@ -160,8 +164,8 @@ def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None =
         out = output(out, xp, x.shape)
         rotation, angles = rotary.rotation_at(positions, device_of(x))
         heads = as_float32(x)
-        if heads is not out and xp.may_share_memory(heads, out):
-            heads = heads.copy()
+        if heads is not out:  # elements are turned where they are
+            heads = without(heads, out, xp)
         backends.of(x).rotate(heads, rotation, xp.asarray(angles), out)
     return out
 
@@ -202,6 +206,11 @@ def same_device(x: Any, device: str, what: str) -> None:
     """Raise DeviceError unless x is on a device."""
     if device_of(x) != device:
         raise DeviceError(f"x is on {device_of(x)}, and {what} on {device}; move one of them: .to({device_of(x)!r})")
+
+
+def without(x: Any, out: Any, xp: Any) -> Any:
+    """x, or a copy where writing to `out` would change it."""
+    return x.copy() if xp.may_share_memory(x, out) else x
 
 
 def output(out: Any, xp: Any, shape: tuple[int, ...]) -> Any:

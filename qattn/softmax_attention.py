@@ -196,6 +196,9 @@ def relative_biases(buckets: Any, two_sided: bool) -> Array:
     """
     buckets = as_host(buckets, "buckets")
     _check.shape("buckets", buckets, ("buckets", "heads"))
+    least, most = (4, 511) if two_sided else (2, 255)
+    if not least <= len(buckets) <= most:
+        raise ValueError(f"buckets has {len(buckets)} rows; expected {least} to {most}")
     away = np.arange(-_FARTHEST, _FARTHEST + 1)
     count = len(buckets) // 2 if two_sided else len(buckets)
     exact, distance = count // 2, np.abs(away) if two_sided else np.maximum(-away, 0)
@@ -221,6 +224,8 @@ def score_bias(name: str, array: Any, shape: tuple[int, int, int], device: str) 
             )
         if array.dtype == bool:
             array = xp.where(array, np.float32(0), np.float32(-np.inf))
+        elif device == "cpu":
+            _check.scores(name, array)
         return xp.ascontiguousarray(array, dtype=np.float32)  # type: ignore[no-any-return]
 
 
@@ -318,4 +323,6 @@ def _per_head(name: str, values: Any, heads: int, xp: Any) -> Array:
     _check.shape(name, values, (heads, "distances") if name == "distances" else (heads,))
     if values.ndim == 2 and values.shape[1] % 2 == 0:
         raise ValueError(f"distances has {values.shape[1]} columns; expected an odd number, the same for both sides")
+    if xp is np:
+        _check.finite(name, values)
     return values  # type: ignore[no-any-return]

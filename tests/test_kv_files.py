@@ -118,6 +118,25 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert saved(path, 30, overwrite=True) != data and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes, links and pipes are POSIX's")
+def test_a_file_stays_what_it_was(tmp_path):
+    path, link, pipe = tmp_path / "file", tmp_path / "link", tmp_path / "pipe"
+    saved(path, 20)
+    path.chmod(0o600)
+    link.symlink_to(path)
+    saved(link, 30, overwrite=True)
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+    KVCache(SMALL).load(os.fsencode(link))
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="pipe is no regular file, and is not replaced"):
+        saved(pipe, 30, overwrite=True)
+    with pytest.raises(CacheError, match="pipe is no regular file"):
+        KVCache(SMALL).load(pipe)
+    cache, _ = filled(KVCache, SMALL, 7)
+    cache.save(os.fsencode(tmp_path / ("n" * 250)))
+    assert (tmp_path / ("n" * 250)).exists()
+
+
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
     path, fsync = tmp_path / "file", os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (path.write_text("mine"), fsync(file)))

@@ -221,6 +221,16 @@ def test_generating_greedily_takes_the_largest_logit_each_time(tiny):
     assert generation.finish_reason in ("max_tokens", "end")
 
 
+def test_two_generations_at_once_are_refused(tiny):
+    """Also where the other one has read as many tokens."""
+    model = Model.from_gguf(tiny)
+    first, second = model.generate([1, 2, 3], max_tokens=5), model.generate([7, 6, 5], max_tokens=5)
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match="read something else meanwhile"):
+        list(first)
+
+
 def test_generation_stops_where_the_cache_ends(tiny):
     model = Model.from_gguf(tiny, max_length=12)
     model.tokenizer.ends = frozenset()

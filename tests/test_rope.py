@@ -262,7 +262,7 @@ def test_it_tells_what_it_is():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rope_dims": 7}, "rope_dims is 7; pairs need a positive even number"),
+        ({"rope_dims": 7}, "rope_dims is 7; pairs need an even number from 2 to 65536"),
         ({"rope_dims": 8, "theta": 0.0}, "theta is 0.0; expected a positive number"),
         ({"rope_dims": 8, "scale": float("nan")}, "scale is nan"),
         ({"rope_dims": 8, "pairing": "normal"}, "pairing is 'normal'; expected one of 'interleaved', 'neox'"),
@@ -320,3 +320,15 @@ def test_wrong_positions_are_named():
     for rows, expected in ((2, 3), (5, 4)):
         with pytest.raises(ValueError, match=rf"positions has shape \({rows}, 3\); expected \({expected}, 3\)"):
             qattn.rope(x, np.zeros((rows, 3), int), rope)
+
+
+def test_a_position_far_out_takes_no_table_up_to_it():
+    x, rope = normal((2, 1, 64)), qattn.RotaryEmbedding(64)
+    got = qattn.rope(x, [2**24 - 1, 5], rope)
+    want = qattn.rope(x[1:], [5], rope)
+    assert np.array_equal(got[1:], want) and len(rope.table(0)[0]) < 1000
+    angles = (2**24 - 1) * rope.frequencies
+    pairs = x[0, 0].reshape(-1, 2).astype(np.float64)
+    turned = np.stack([pairs[:, 0] * np.cos(angles) - pairs[:, 1] * np.sin(angles),
+                       pairs[:, 0] * np.sin(angles) + pairs[:, 1] * np.cos(angles)], axis=1)  # fmt: skip
+    assert np.abs(got[0, 0] - turned.ravel()).max() < 1e-6

@@ -1,5 +1,9 @@
 """What callers can get wrong, and what must then be left as it was."""
 
+import copy
+import functools
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -33,6 +37,55 @@ def test_out_may_overlap_x():
     assert np.array_equal(qattn.rope(rows[1:], 3, rope, out=rows[:40]), want)
 
 
+@pytest.mark.parametrize("formats", [("Q4_0", "Q8_0"), ("F32", "Q4_K")])
+@pytest.mark.parametrize("precision", ["int8", "exact"])
+def test_out_may_be_x(formats, precision):
+    w = np.concatenate([qattn.quantize(normal((128, 256), i), name) for i, name in enumerate(formats)])
+    x = normal((6, 256), 2)
+    want = qattn.matmul(x, w, precision=precision)
+    assert np.array_equal(qattn.matmul(x, w, out=x, precision=precision), want)
+
+
+def test_weights_without_columns_give_zeros():
+    w = qattn.QuantArray(np.zeros((5, 0), np.uint8), "Q4_0")
+    assert np.array_equal(np.zeros((3, 0), np.float32) @ w.T, np.zeros((3, 5)))
+
+
+def test_only_real_numbers_are_multiplied():
+    w, x = qattn.quantize(normal((4, 32)), "Q4_0"), normal((2, 32))
+    for wrong in (x.astype(complex), x.astype(str), x.astype(object)):
+        for call in (lambda wrong=wrong: wrong @ w.T, lambda wrong=wrong: np.concatenate([w, wrong])):
+            with pytest.raises(TypeError, match=r"dtype|an array of"):
+                call()
+        with pytest.raises(ValueError, match=r"expected floats|x has dtype"):
+            qattn.matmul(wrong, w)
+        with pytest.raises(ValueError, match="expected floats"):
+            layer()(np.zeros((1, HIDDEN), wrong.dtype))
+
+
+def test_weights_have_no_truth_value():
+    with pytest.raises(ValueError, match="truth value of weights is ambiguous"):
+        bool(qattn.quantize(normal((4, 32)), "Q4_0"))
+
+
+def test_a_wrong_head_scale_leaves_the_former_one():
+    attn = layer()
+    attn.head_scale = np.arange(4)
+    for wrong in (np.ones(3), np.full(4, np.nan), np.ones(4, complex)):
+        with pytest.raises(ValueError, match=r"head_scale|expected floats"):
+            attn.head_scale = wrong
+        assert np.array_equal(attn.head_scale, np.arange(4))
+
+
+def test_a_copy_of_a_cache_has_its_own_memory():
+    cache, kv = KVCache(KVCacheParams(4, 16)), normal((3, 4, 16))
+    cache.append(kv, kv)
+    other = copy.copy(cache)
+    other.append(normal((500, 4, 16)), normal((500, 4, 16)))
+    assert len(cache) == 3 and len(other) == 503
+    assert np.isfinite(qattn.attention(kv, cache)).all()
+
+
 @pytest.mark.parametrize("position", [-1, 2**24, 2**63 - 1])
 def test_positions_have_bounds(position):
     with pytest.raises(
@@ -63,6 +116,14 @@ def test_attention_wants_finite_numbers():
     q = normal((5, 2, 8))
     for wrong, message in (
         ({"scale": np.nan}, "scale is nan; expected a finite number"),
+        ({"scale": 1e39}, "scale is 1e[+]39; expected a finite number, not beyond what float32 holds"),
+        ({"softcap": 1e-46}, "softcap is 1e-46; expected a finite number"),
+        ({"bias": np.full((5, 5), np.nan)}, r"bias\[0, 0, 0\] is nan; scores need finite numbers, or -inf"),
+        ({"bias": np.full((5, 5), 1e39)}, r"bias\[0, 0, 0\] is 1e[+]39; scores need finite numbers"),
+        ({"mask": np.full((5, 5), np.inf)}, r"mask\[0, 0, 0\] is inf; scores need"),
+        ({"alibi": [1, np.nan]}, r"alibi\[1\] is nan"),
+        ({"sinks": [np.inf, 1]}, r"sinks\[0\] is inf"),
+        ({"distances": np.full((2, 3), np.nan)}, r"distances\[0, 0\] is nan"),
         ({"softcap": -1}, "softcap is -1; expected a finite number, 0 or more"),
         ({"mask": np.ones((5, 5), int)}, "mask has dtype int64; expected booleans"),
         ({"mask": 5}, "mask is 5; expected a name"),
@@ -77,6 +138,20 @@ def test_attention_wants_finite_numbers():
         qattn.attention(q[:, :0], q[:, :0], q[:, :0])
     with pytest.raises(ValueError, match="heads is 0; expected at least 1"):
         qattn.alibi_slopes(0)
+    for rows, two_sided in ((3, True), (1, False), (300, False)):
+        with pytest.raises(ValueError, match=f"buckets has {rows} rows; expected"):
+            qattn.relative_biases(np.zeros((rows, 4)), two_sided)
+    with pytest.raises(ValueError, match="positions are -1; a position is at least 0"):
+        qattn.rope(q, -1, qattn.RotaryEmbedding(8))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_scores_that_are_too_large_are_not_taken_for_none(tokens):
+    """The last key's score is infinite: no number is right, and 0 would be wrong."""
+    k, bias = normal((700, 2, 8)), np.zeros((tokens, 700), np.float32)
+    bias[0, -tokens] = 3.4e38
+    got = qattn.attention(normal((tokens, 2, 8)), k, k, bias=bias)
+    assert np.isnan(got[0]).all() and np.isfinite(got[1:]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "q8_0", "q4_1"])
@@ -101,6 +176,48 @@ def test_masks_are_asked_about_keys_that_there_are():
 
     q = normal((5, 2, 8))
     assert nmse(qattn.attention(q, q, q, mask=masks.from_function(sees)), qattn.attention(q, q, q, mask="null")) < 1e-12
+
+
+def test_a_mask_that_reads_beyond_its_table_is_an_error():
+    table, q = np.arange(4), normal((50, 1, 16))
+    for sees in (lambda i, j: table[i] == table[j], lambda i, j: table[i * 10**9] >= table[j]):
+        with pytest.raises(IndexError):
+            qattn.attention(q, q, q, mask=masks.from_function(sees))
+
+
+def test_a_mask_is_what_its_function_refers_to_when_it_is_made():
+    table, q = np.zeros(9, np.int64), normal((9, 1, 16))
+
+    def sees(query, key):
+        return key <= query and table[query] == table[key]
+
+    before = qattn.attention(q, q, q, mask=masks.from_function(sees))
+    table[5:] = 1
+    after = qattn.attention(q, q, q, mask=masks.from_function(sees))
+    assert np.array_equal(before[:5], after[:5]) and not np.array_equal(before[5:], after[5:])
+
+
+class Far(NamedTuple):
+    """Bounds beyond all keys."""
+
+    first: int
+    end: int
+
+    def bounds(self, query, keys):
+        return self.first, self.end
+
+
+@pytest.mark.parametrize(("first", "end", "seen"), [(-(10**12), 2**40, 20), (2**32, 2**32 + 5, 0), (2**62, 2**62, 0)])
+def test_bounds_may_be_far_out(first, end, seen):
+    q, k = normal((3, 1, 16)), normal((20, 1, 16), 1)
+    got = qattn.attention(q, k, k, mask=Far(first, end))
+    assert nmse(got, qattn.attention(q, k, k, mask="null")) < 1e-12 if seen else not got.any()
+
+
+def test_masks_are_made_of_functions():
+    for wrong in (functools.partial(pow, 2), np.greater, 3, max):
+        with pytest.raises(TypeError, match="is no function that can be compiled"):
+            masks.from_function(wrong)
 
 
 def test_parameters_of_a_cache_are_checked(tmp_path):

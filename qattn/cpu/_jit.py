@@ -18,11 +18,16 @@ from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
 
 from qattn import _cache
 from qattn.cpu.target import TARGET
 
 _PACKAGE = Path(__file__).parent.parent
+compiling = global_compiler_lock
+"""Held while something is compiled."""
+if hasattr(os, "register_at_fork"):  # a child has no use for a lock that another thread held
+    os.register_at_fork(before=compiling.acquire, after_in_parent=compiling.release, after_in_child=compiling.release)
 _KERNEL_SOURCES = ("cache_types.py", "cpu/*.py", "formats/*.py", "masks/*.py")
 
 

@@ -148,7 +148,7 @@ def _ranges(bounds: Any, mask_name: str) -> Callable[..., Any]:
             low, high = 0, lengths[s]
             if row_offsets[s + 1] - row_offsets[s] == 1:
                 first, end = bounds(mask, high - 1, high)
-                low, high = max(first, 0) // SPLIT * SPLIT, min(end, high)
+                low, high = first // SPLIT * SPLIT, end
                 counts[s] = max(1, (high - low + SPLIT - 1) // SPLIT)
             else:
                 counts[s] = 1
@@ -160,13 +160,26 @@ def _ranges(bounds: Any, mask_name: str) -> Callable[..., Any]:
 
 def _method(mask: Any, name: str, key: str) -> Callable[..., Any]:
     """A mask's method for kernels, called with the mask first; the method itself may be a static one."""
-    function = generated(key, _nrt=True)(getattr(mask, name))
+    checks = {} if is_ours(mask) else {"boundscheck": True}  # others may index arrays
+    function = generated(key, _nrt=True, **checks)(getattr(mask, name))
     if not isinstance(inspect.getattr_static(mask, name), staticmethod):
         return function  # type: ignore[no-any-return]
 
     @generated(f"{name}-{key}")
     def run(mask, query, key):  # type: ignore[no-untyped-def]
         return function(query, key)
+
+    return run  # type: ignore[no-any-return]
+
+
+def _bounds(mask: Any, key: str) -> Callable[..., Any]:
+    """The keys that a mask's bounds leave of those that there are: the first, and the end."""
+    bounds = _method(mask, "bounds", key)
+
+    @generated(f"within-{key}")
+    def run(mask, query, keys):  # type: ignore[no-untyped-def]
+        first, end = bounds(mask, query, keys)
+        return min(max(first, 0), keys), min(max(end, 0), keys)
 
     return run  # type: ignore[no-any-return]
 
@@ -223,7 +236,7 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
     mask_name = mask_key(mask)
     name = f"{keys.kind}-{keys.compute}-{values.kind}-{values.compute}-{mask_name}"
     run_job = _job(keys, values, mask, mask_name, name)
-    ranges_of = _ranges(_method(mask, "bounds", mask_name), mask_name)
+    ranges_of = _ranges(_bounds(mask, mask_name), mask_name)
     row_words, slices_of = attend_sides.keys(keys).row_words, attend_sides.values(values).slices
 
     @kernel(name, stable=is_ours(mask))
@@ -262,8 +275,10 @@ def _finish(job, s, group, heads, rows, lse, partial):  # type: ignore[no-untype
         if job[6] >= 0:
             to, to_rows, to_lse = job[6] + row, partial.out, partial.lse
         total = s.row_sum[row]
-        inverse = np.float32(1) / total if total > 0 else np.float32(0)
-        to_lse[to] = (s.row_max[row] + np.log2(total)) / _LOG2E if total > 0 else np.float32(-np.inf)
+        if s.row_max[row] == np.inf:  # a score was too large
+            total = np.float32(np.nan)
+        inverse = np.float32(1) / total if total != 0 else np.float32(0)
+        to_lse[to] = (s.row_max[row] + np.log2(total)) / _LOG2E if total != 0 else np.float32(-np.inf)
         if job[6] >= 0 and total == 0:
             continue  # nobody reads it
         whole = dims // LANES
@@ -279,7 +294,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
     slices_of, add, ahead = attend_sides.values(values)
     softmax = attend_tiles.some_rows(attend_tiles.softmax_kernel, values)
     masked_softmax = attend_tiles.softmax_kernel(values, 1, masked=True)
-    bounds, adjust = _method(mask, "bounds", mask_name), _adjust(mask, mask_name)
+    bounds, adjust = _bounds(mask, mask_name), _adjust(mask, mask_name)
     half_weights = values.halves
 
     @generated(name)
@@ -376,13 +391,13 @@ def merge(row_offsets, kv_heads, partial, out, lse, part, parts):  # type: ignor
                 out[token, head] = 0
                 for i in range(count):
                     there = first + i * group
-                    if partial.lse[there] > -np.inf:
+                    if partial.lse[there] != -np.inf:
                         weight = np.exp(partial.lse[there] - peak)
                         total += weight
                         for d in range(out.shape[2]):
                             out[token, head, d] += weight * partial.out[there, d]
-                if total > 0:
+                if total != 0:
                     for d in range(out.shape[2]):
                         out[token, head, d] /= total
-                lse[token, head] = peak + np.log(total) if total > 0 else np.float32(-np.inf)
+                lse[token, head] = peak + np.log(total) if total != 0 else np.float32(-np.inf)
             base += count * out.shape[1]

@@ -35,7 +35,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -43,7 +43,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from qattn.cpu._jit import compiled, generated
+from qattn.cpu._jit import compiled, compiling, generated
 from qattn.cpu.atomics import add_one, pause, read
 from qattn.cpu.pool import CALL, LINE, Pool
 from qattn.cpu.threads import get_num_threads
@@ -60,31 +60,34 @@ class Kernel:
         """The compiled code for each tuple of arguments' types that there were."""
         self._body, self._kept = generated(key)(function), kept
         self._bind = compiled(self.name, kept and stable)(_bind)
-        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}>"
 
     def __call__(self, *args: Any, parts: int = 1, streams: np.ndarray | None = None) -> None:
         """Run.  `streams` is the array that the kernel reads from memory, if that is what takes its time."""
-        program, memory, there = _current.program, _current.memory, _current.address
-        if program is not None:
-            memory = np.empty(_ROOM, np.uint8)  # kept with the call
-            there = memory.ctypes.data
+        program, room = _current.program, _current.room
+        if program is not None or room is None:
+            room = _new_room()
+        else:
+            _current.room = None  # a signal's handler may call kernels before this one has run
+        there = room.address
         thunk = self._bind(there, 0, *args) or self._bind(there, self._compile(args), *args)
         if program is None and parts == 1:
             _run_part(thunk, there, 0, 1)
-            return
-        begin, size = (0, 0) if streams is None else (streams.ctypes.data, streams.nbytes)
-        call = np.array([[thunk, there, parts, begin, size]], np.int64)
-        _run(call, min(parts, get_num_threads()))
+        else:
+            begin, size = (0, 0) if streams is None else (streams.ctypes.data, streams.nbytes)
+            call = np.array([[thunk, there, parts, begin, size]], np.int64)
+            _run(call, min(parts, get_num_threads()))
         if program is not None:
-            program.append(self, call, (memory, args))
+            program.append(self, call, (room, args))
+        else:
+            _current.room = room
 
     def _compile(self, args: tuple[Any, ...]) -> int:
         """The address of the thunk for arguments of these types."""
         given = numba.typeof(args)
-        with self._lock:
+        with compiling:
             if given not in self.thunks:
                 kept = f"{self.name}-{hashlib.sha256(str(given).encode()).hexdigest()[:12]}"
                 thunk = compiled(kept, self._kept, forceinline=False)(_thunk(self._body, given))
@@ -155,14 +158,23 @@ def is_recording() -> bool:
     return _current.program is not None
 
 
+class _Room(NamedTuple):
+    """Memory for the arguments of a call."""
+
+    memory: np.ndarray
+    address: int
+
+
+def _new_room() -> _Room:
+    memory = np.empty(_ROOM, np.uint8)
+    return _Room(memory, memory.ctypes.data)
+
+
 class _Current(threading.local):
-    """What a thread records, and memory for the arguments of its calls."""
+    """What a thread records, and room for its next call."""
 
     program: Program | None = None
-
-    def __init__(self) -> None:
-        self.memory = np.empty(_ROOM, np.uint8)
-        self.address = self.memory.ctypes.data
+    room: _Room | None = None
 
 
 _current = _Current()

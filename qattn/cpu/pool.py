@@ -29,10 +29,12 @@ from numba.np.arrayobj import populate_array
 from qattn.cpu._jit import compiled
 from qattn.cpu.atomics import exchange, pause, read, write
 
-# What stands on a desk: how it is with the helper, and the addresses and sizes of the arrays.  A helper that was idle
-# for long sleeps until it is called; then it looks out until there is an offer, which it takes unless it is withdrawn.
-_STATE, _CALLS, _COUNT, _SHARED, _THREADS = range(5)
-_IDLE, _ASLEEP, _CALLED, _OFFERED, _TAKEN, _LEAVING = range(6)
+# What stands on a desk: how it is with the helper, the addresses and sizes of the arrays, and how it was before the
+# offer, which it is again if that is withdrawn.  A helper that was idle for long sleeps until its bell rings.  To ring
+# once more does no harm, and whoever was not woken is still asleep: so an interrupt of Python, which may come anywhere
+# but in compiled code, leaves nothing half done.
+_STATE, _CALLS, _COUNT, _SHARED, _THREADS, _BEFORE = range(6)
+_IDLE, _ASLEEP, _OFFERED, _TAKEN, _LEAVING = range(5)
 _ROW = 16  # int64 of a desk: no two are written in one cache line
 CALL = 5  # int64 of a call: see `qattn.cpu.kernel`
 LINE = 8  # int64 in a cache line, which two counters had better not share
@@ -51,7 +53,9 @@ class Pool:
 
     def _reset(self) -> None:
         """Begin without helpers: those of a process are not its child's."""
-        self._lock = threading.Lock()
+        self._gate = np.zeros(LINE, np.int64)
+        """1 while there is work that helpers are asked for."""
+        self._hiring = threading.Lock()
         self._desks = np.zeros((max(1, numba.config.NUMBA_NUM_THREADS - 1), _ROW), np.int64)
         self._bells: list[threading.Lock] = []
         self._helpers: list[threading.Thread] = []
@@ -59,22 +63,14 @@ class Pool:
     def run(self, calls: np.ndarray, state: np.ndarray) -> bool:
         """Do the work with as many threads as `state` has room for → False, and nothing, if another is being helped."""
         desks = self._desks[: state.shape[1] - 2]
-        if not self._lock.acquire(blocking=False):
-            return False
-        try:
-            while len(self._helpers) < len(desks):
-                self._hire()
-            for i, now in enumerate(desks[:, _STATE].tolist()):
-                if now == _ASLEEP:
-                    desks[i, _STATE] = _CALLED
-                    self._bells[i].release()
-            self._lead(desks, calls, state)
-        except BaseException:  # an interrupt, before there was an offer
-            desks[desks[:, _STATE] == _CALLED, _STATE] = _IDLE
-            raise
-        finally:
-            self._lock.release()
-        return True
+        if len(self._helpers) < len(desks):
+            with self._hiring:
+                while len(self._helpers) < len(desks):
+                    self._hire()
+        for i, now in enumerate(desks[:, _STATE].tolist()):
+            if now == _ASLEEP:
+                _ring(self._bells[i])
+        return bool(self._lead(self._gate, desks, calls, state))
 
     def _hire(self) -> None:
         number, bell = len(self._helpers), threading.Lock()
@@ -94,13 +90,17 @@ class Pool:
 
     def _dismiss(self) -> None:
         """Let helpers end before the process does, and with it what they run.  From then on there is no help."""
-        self._lock.acquire()
+        _close(self._gate)
         for desk, bell, helper in zip(self._desks, self._bells, self._helpers, strict=False):
             if helper.is_alive():
                 _leave(desk)
-                if bell.locked():
-                    bell.release()
+                _ring(bell)
                 helper.join()
+
+
+def _ring(bell: threading.Lock) -> None:
+    with contextlib.suppress(RuntimeError):  # it has been rung
+        bell.release()
 
 
 @intrinsic
@@ -119,6 +119,13 @@ def _array_at(typing_context: Any, address: Any, shape: Any) -> Any:
         return array._getvalue()
 
     return array_type(types.int64, shape), codegen
+
+
+@compiled(_nrt=False)
+def _close(gate):  # type: ignore[no-untyped-def]
+    """Wait until there is no work, and let none begin."""
+    while not exchange(gate, 0, 1):
+        pause()
 
 
 @compiled(_nrt=False)
@@ -142,6 +149,8 @@ def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
                 work(calls, _array_at(desk[_SHARED], (desk[_COUNT] + 1, desk[_THREADS], LINE)), me)
                 write(desk, _IDLE)
                 looks = 0
+            elif state == _ASLEEP:  # called for an offer that was withdrawn
+                _ = exchange(desk, _ASLEEP, _IDLE)
             elif state == _LEAVING:
                 return False
             elif looks >= _LOOKS and exchange(desk, _IDLE, _ASLEEP):
@@ -150,17 +159,24 @@ def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
             looks += 1
 
     @compiled(_nrt=False)
-    def lead(desks, calls, state):  # type: ignore[no-untyped-def]
-        """Offer the work and do it, and come back when no helper is at it any more."""
+    def lead(gate, desks, calls, state):  # type: ignore[no-untyped-def]
+        """Offer the work and do it, and come back when no helper is at it any more → False if the gate is closed."""
+        if not exchange(gate, 0, 1):
+            return False
         for i in range(desks.shape[0]):
             desk = desks[i]
             desk[_CALLS], desk[_COUNT] = calls.ctypes.data, calls.shape[0]
             desk[_SHARED], desk[_THREADS] = state.ctypes.data, state.shape[1]
-            _ = exchange(desk, _IDLE, _OFFERED) or exchange(desk, _CALLED, _OFFERED)
+            for before in (_IDLE, _ASLEEP):
+                if exchange(desk, before, _OFFERED):
+                    desk[_BEFORE] = before
+                    break
         work(calls, state, 0)
         for i in range(desks.shape[0]):
-            if not exchange(desks[i], _OFFERED, _IDLE):
+            if not exchange(desks[i], _OFFERED, desks[i, _BEFORE]):
                 while read(desks[i]) == _TAKEN:
                     pause()
+        write(gate, 0)
+        return True
 
     return serve, lead

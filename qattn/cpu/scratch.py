@@ -7,6 +7,7 @@ tokens that takes a tenth of the time.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from typing import Any
 
@@ -19,8 +20,10 @@ _LIMIT = 1 << 26  # bytes that are kept for a purpose; more is given back after 
 
 
 class _Kept(threading.local):
+    """For each purpose memory, and its part from a cache line's first byte on."""
+
     def __init__(self) -> None:
-        self.memory: dict[str, np.ndarray] = {}
+        self.memory: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
 
 _kept = _Kept()
@@ -46,14 +49,21 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def scratch(purpose: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """An array with any content, valid until this thread asks for one for the same purpose again.
+    """An array with any content.  Its memory is used again when nothing refers to it any more.
 
-    While a `Program` is recorded it is a new one, which the program keeps.
+    So a call that a signal's handler makes in the middle of another one gets its own.  While a `Program` is recorded
+    it is a new one, which the program keeps.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if is_recording() or size > _LIMIT:
         return aligned(size).view(dtype).reshape(shape)
-    memory = _kept.memory.get(purpose)
-    if memory is None or memory.nbytes < size:
-        memory = _kept.memory[purpose] = aligned(size)
-    return memory[:size].view(dtype).reshape(shape)
+    memory, lines = _kept.memory.get(purpose, _NOTHING)
+    if lines.nbytes < size or sys.getrefcount(memory) > _UNUSED:
+        memory = np.empty(size + 63, np.uint8)
+        lines = from_a_line_on(memory)
+        _kept.memory[purpose] = memory, lines
+    return lines[:size].view(dtype).reshape(shape)
+
+
+_NOTHING = (np.empty(0, np.uint8),) * 2
+_UNUSED = 4  # references to memory: what is kept of it has two, `scratch` one, and the question one

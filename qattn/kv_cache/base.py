@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +29,7 @@ NEVER = np.iinfo(np.int64).max
 
 
 class CacheBase(Watched, abc.ABC):
-    """Keys and values of several sequences, for one layer.  Keys are stored rotated.
+    """Keys and values of several sequences, for one layer.  Keys are stored rotated.  One call at a time may use it.
 
     ``len(cache)`` is the number of tokens of the only sequence, `lengths` those of all.  Memory consists of pages that
     hold equally many tokens; how sequences get pages is up to the subclass.
@@ -100,6 +101,10 @@ class CacheBase(Watched, abc.ABC):
     def _arrays(self) -> tuple[Any, ...]:
         """All memory: arrays whose axes are pages, KV heads, entries of tokens, and what these hold."""
         return self._keys, self._values
+
+    def __copy__(self) -> CacheBase:
+        """A copy of its own memory: two that shared theirs would write over each other's tokens."""
+        return copy.deepcopy(self)
 
     # What sequences have
 

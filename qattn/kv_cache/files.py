@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -85,11 +86,14 @@ def save(
     Raises
     ------
     FileExistsError
-        If there is such a file, unless it may be overwritten.
+        If there is such a file, unless it may be overwritten; what is no regular file may not.
     """
-    path = os.fspath(path)
-    if not overwrite and os.path.exists(path):
-        raise FileExistsError(f"{path} exists; say overwrite=True to replace it")
+    path = os.path.realpath(os.fsdecode(path))  # a link stays one
+    if os.path.exists(path):
+        if not overwrite:
+            raise FileExistsError(f"{path} exists; say overwrite=True to replace it")
+        if not os.path.isfile(path):
+            raise FileExistsError(f"{path} is no regular file, and is not replaced")
     lengths = [{"start": each.start, "length": len(each.positions)} for each in sequences]
     text = json.dumps(description | {"sequences": lengths}).encode()
     head = _MAGIC + np.array([_VERSION, len(text)], "<u4").tobytes() + text
@@ -97,8 +101,10 @@ def save(
     directory, name = os.path.split(path)
     if not os.path.isdir(directory or "."):
         raise FileNotFoundError(f"{directory} is not a directory, so {name} can't be written there")
-    with open(os.path.join(directory, f".{name}.{secrets.token_hex(8)}"), "xb") as file:
+    with open(os.path.join(directory, f".qattn-{secrets.token_hex(8)}"), "xb") as file:
         try:
+            if os.path.exists(path):
+                os.chmod(file.name, stat.S_IMODE(os.stat(path).st_mode))
             digest = hashlib.blake2b(digest_size=_DIGEST)
             for piece in (head, *map(_bytes, blobs)):
                 digest.update(piece)
@@ -142,7 +148,9 @@ def load(path: str | os.PathLike[str]) -> Saved:
     CacheError
         If it is damaged, or is no saved cache.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CacheError(f"{path} is no regular file")
     with open(path, "rb") as file:
         head, size = file.read(_HEAD), os.fstat(file.fileno()).st_size
     if head[: len(_MAGIC)] != _MAGIC[: len(head)] or not head:

@@ -9,6 +9,7 @@ import operator
 import pkgutil
 from collections import namedtuple
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -109,6 +110,8 @@ def get(mask: str | MHAMaskVariant | Mask, window: int | None = None) -> Mask:
     if window is None:
         return _masks[name]()  # type: ignore[no-any-return]
     _check.at_least("window", window, 1)
+    if window > _check.MAX_POSITION + 1:
+        window = _check.MAX_POSITION + 1  # which no sequence reaches
     return _masks[name](operator.index(window))  # type: ignore[no-any-return]
 
 
@@ -127,15 +130,23 @@ def from_function(
     Raises
     ------
     TypeError
-        If asked about key 0 of one, the functions answer anything but a truth value and two integers.
+        If they are no functions, or, asked about key 0 of one, answer anything but a truth value and two integers.
+
+    Notes
+    -----
+    What a function refers to, beside its arguments, is what it is now: compiled code doesn't see it change.  On a CPU,
+    an index outside an array is an IndexError, of negative ones too; on a GPU nobody looks.
 
     Examples
     --------
     >>> strided = qattn.masks.from_function(lambda query, key: key <= query and (query - key) % 4 == 0)
     >>> qattn.attention(q, k, v, mask=strided)
     """
-
-    known = _made.get((sees, bounds))
+    for function in (sees, bounds):
+        if function is not None and not isinstance(getattr(function, "py_func", function), FunctionType):
+            raise TypeError(f"{function!r} is no function that can be compiled; wrap it in a lambda")
+    name = f"{sees.__qualname__}.{digest(sees, bounds)}"  # for kernels are told apart by names
+    known = _made.get((sees.__module__, name))
     if known is not None:
         return known
     answer, limits = sees(0, 0), (bounds or _all_keys)(0, 1)
@@ -146,12 +157,12 @@ def from_function(
     members = {
         "__doc__": f"The mask of {sees.__qualname__}.",
         "__module__": sees.__module__ or "__main__",  # code that was run by exec has none
-        "__qualname__": f"{sees.__qualname__}.{digest(sees, bounds)}",  # for kernels are told apart by names
+        "__qualname__": name,
         "sees": staticmethod(sees),
         "bounds": staticmethod(bounds or _all_keys),
     }
     made: Mask = type("FunctionMask", (namedtuple("FunctionMask", ()),), members)()  # type: ignore[misc]
-    _made[sees, bounds] = made
+    _made[sees.__module__, name] = made
     return made
 
 
@@ -175,7 +186,7 @@ def visible(mask: Mask, queries: np.ndarray[Any, Any], keys: np.ndarray[Any, Any
     return seen
 
 
-_made: dict[Any, Mask] = {}  # so that a function is compiled once
+_made: dict[tuple[str | None, str], Mask] = {}  # so that what does the same is compiled once
 
 
 def _all_keys(query: int, keys: int) -> tuple[int, int]:

@@ -60,6 +60,8 @@ class Decoder:
         self._embedding_factor = None
         if config.embedding_scale != 1:
             self._embedding_factor = self._xp.full(config.hidden_size, config.embedding_scale, np.float32)
+        self.changes = 0
+        """How often tokens have come or gone: who goes on with a text can see whether anybody else did."""
         self._length = 0
         self._room = 0
         """For so many tokens all caches have room."""
@@ -164,7 +166,7 @@ class Decoder:
             They don't fit into the cache.  Nothing was computed.
         """
         ids = self._check_tokens(tokens)
-        start = self._length
+        start, self.changes = self._length, self.changes + 1
         try:
             with devices.current(self.device):
                 return self._append(ids, last_only)
@@ -239,7 +241,7 @@ class Decoder:
         lengths = [cache.check_length(min(length, len(cache))) for cache in caches]
         for cache, each in zip(caches, lengths, strict=True):
             cache.truncate(each)
-        self._length, self._room = length, 0
+        self._length, self._room, self.changes = length, 0, self.changes + 1
 
     def forget(self, start: int, stop: int) -> None:
         """Forget tokens start … stop - 1; those behind them move up, and their keys turn to their new positions.
@@ -265,13 +267,13 @@ class Decoder:
             attention = layer.attention
             attention.kv_cache.remove(0, start, stop)
             attention.kv_cache.shift(0, start, None, start - stop, attention.rope)
-        self._length, self._room = self._length - (stop - start), 0
+        self._length, self._room, self.changes = self._length - (stop - start), 0, self.changes + 1
 
     def reset(self) -> None:
         """Forget all tokens."""
         for layer in self.layers:
             layer.attention.reset()
-        self._length = self._room = 0
+        self._length, self._room, self.changes = 0, 0, self.changes + 1
 
     def _check_tokens(self, tokens: Sequence[int] | Array) -> Array:
         ids = as_host(tokens, "tokens")

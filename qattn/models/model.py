@@ -187,17 +187,17 @@ class Generation:
     def _write(self, model: Model, max_tokens: int | None, sampler: Sampler) -> Iterator[str]:
         decoder, stream, vocabulary = model.decoder, model.tokenizer.stream(), len(model.tokenizer)
         decoder.reset()
-        read = self.prompt_tokens
+        read, changes = self.prompt_tokens, decoder.changes
         while max_tokens is None or len(self.tokens) < max_tokens:
             if len(decoder) + len(read) > decoder.max_length:
                 self.finish_reason = "full"
                 break
-            if len(decoder) != sum(map(len, (self.prompt_tokens, self.tokens))) - len(read):
+            if decoder.changes != changes:
                 raise RuntimeError("the model has read something else meanwhile; a generation needs it to itself")
             start = time.perf_counter()
             # Embeddings are often padded to a round number; beyond the vocabulary there is nothing to choose.
             token = sampler(as_host(decoder.forward(read, last_only=True)[0, :vocabulary], "logits"))
-            elapsed = time.perf_counter() - start
+            elapsed, changes = time.perf_counter() - start, decoder.changes
             if read is self.prompt_tokens:
                 self.prompt_seconds = elapsed
             else:

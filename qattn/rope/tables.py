@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -88,8 +89,8 @@ class RotaryEmbedding:
         section_order: SectionOrder = "blocks",
     ) -> None:
         rope_dims = operator.index(rope_dims)
-        if rope_dims < 2 or rope_dims % 2:
-            raise ValueError(f"rope_dims is {rope_dims}; pairs need a positive even number")
+        if not 2 <= rope_dims <= _MOST_DIMS or rope_dims % 2:
+            raise ValueError(f"rope_dims is {rope_dims}; pairs need an even number from 2 to {_MOST_DIMS}")
         _check.choice("pairing", pairing, PAIRINGS)
         _check.choice("section_order", section_order, SECTION_ORDERS)
         if scaling is not None and not isinstance(scaling, Scaling):
@@ -117,8 +118,9 @@ class RotaryEmbedding:
         self.frequencies: Array = frequencies
         """(rope_dims / 2,) float64, radians per position."""
         self._text_frequencies = np.where(self._rows < TEXT_POSITIONS, frequencies, 0.0)
-        self._cos = self._sin = np.empty((0, frequencies.size), np.float32)
-        self._copies: dict[str, tuple[Any, Any]] = {}
+        nothing = np.empty((0, frequencies.size), np.float32)
+        self._tables: dict[str, tuple[Any, Any]] = {"cpu": (nothing, nothing)}
+        """By device."""
 
     @property
     def neox(self) -> bool:
@@ -135,12 +137,11 @@ class RotaryEmbedding:
 
         Computed in float64 and kept, on each device; the table at least doubles when it has to grow.
         """
-        self._grow(positions)
-        if device == "cpu":
-            return self._cos, self._sin
-        if device not in self._copies:
-            self._copies[device] = (devices.asarray(self._cos, device), devices.asarray(self._sin, device))
-        return self._copies[device]
+        there = self._tables.get(device)
+        if there is None or len(there[0]) < positions:
+            with _growing:
+                there = self._grown(positions, device)
+        return there
 
     def rotation(self, positions: int, device: str = "cpu") -> Rotation:
         """The table for positions 0 … at least `positions` - 1 of text, and the pairing."""
@@ -149,11 +150,14 @@ class RotaryEmbedding:
     def rotation_at(self, positions: Array, device: str = "cpu") -> tuple[Rotation, Array]:
         """A table for given positions, and the row of it that each token takes.
 
-        positions : (tokens,) int64, the positions of text, which share one table; or (up to 4, tokens), a position for
-        each section, for which a table is made; those that are missing are 0
+        positions : (tokens,) int64, the positions of text, which share one table unless they are far out; or (up to 4,
+        tokens), a position for each section, for which a table is made; those that are missing are 0
         """
         if positions.ndim == 1:
-            return self.rotation(int(positions.max(initial=-1)) + 1, device), positions
+            end = int(positions.max(initial=-1)) + 1
+            if end > max(_LONGEST, len(self._tables["cpu"][0])):
+                return self._own_table(np.outer(positions, self._text_frequencies), self.attention_factor, device)
+            return self.rotation(end, device), positions
         padded = np.zeros((positions.shape[1], POSITIONS))
         padded[:, : len(positions)] = positions.T
         angles = np.take(padded, self._rows, axis=1) * self.frequencies  # in C order, which indexing would not give
@@ -170,13 +174,18 @@ class RotaryEmbedding:
         cos, sin = (devices.asarray(table, device) for table in _cos_sin(angles, factor))
         return Rotation(cos, sin, self.neox), np.arange(len(angles))
 
-    def _grow(self, positions: int) -> None:
-        have = len(self._cos)
+    def _grown(self, positions: int, device: str) -> tuple[Any, Any]:
+        """The table, after it has grown where it has to; one thread at a time."""
+        cos, sin = self._tables["cpu"]
+        have = len(cos)
         if positions > have:
             more = np.arange(have, max(positions, 2 * have, 256), dtype=np.float64)
-            cos, sin = _cos_sin(np.outer(more, self._text_frequencies), self.attention_factor)
-            self._cos, self._sin = np.concatenate([self._cos, cos]), np.concatenate([self._sin, sin])
-            self._copies = {}
+            new = _cos_sin(np.outer(more, self._text_frequencies), self.attention_factor)
+            cos, sin = (np.concatenate(pair) for pair in zip((cos, sin), new, strict=True))
+            self._tables = {"cpu": (cos, sin)}
+        if device not in self._tables:
+            self._tables[device] = (devices.asarray(cos, device), devices.asarray(sin, device))
+        return self._tables[device]
 
     def __repr__(self) -> str:
         scale = f", scale={self.scale:g}" if self.scale != 1 else ""
@@ -186,6 +195,11 @@ class RotaryEmbedding:
             f"RotaryEmbedding({self.rope_dims}, theta={self.theta:g}, pairing={self.pairing!r}"
             f"{scale}{scaling}{sections})"
         )
+
+
+_growing = threading.Lock()
+_MOST_DIMS = 1 << 16  # far more than heads have
+_LONGEST = 1 << 18  # positions of a table for all up to the largest: 128 MB for pairs of 128 elements
 
 
 shared = functools.lru_cache(maxsize=16)(RotaryEmbedding)
