@@ -1,73 +1,75 @@
 """Read PTX text into one flat list of instructions of each entry.
 
-Labels become positions in the list, registers become numbers, and addresses of variables become integers.  Kernels call
-nothing: what they use has become part of them.
+Labels become positions in the list, registers become numbers, and addresses of variables become integers.  This reads
+what NVVM makes of a kernel: one entry that calls nothing, whose names are unique, and which has no local memory.
 """
 
 from __future__ import annotations
 
 import re
-import struct
-from collections import ChainMap, namedtuple
+from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-BITS = {"pred": 1} | {f"{letter}{bits}": bits for letter in "bus" for bits in (8, 16, 32, 64)}
-BITS |= {"f16": 16, "f32": 32, "f64": 64, "f16x2": 32, "bf16": 16, "bf16x2": 32}
 
-TOKEN = re.compile(r"[;{}\n]|[^;{}\n]+")
-LABEL = re.compile(r"\s*([$\w]+)\s*:(?!:)")
-HEADER = re.compile(
-    r"\s*(?:\.(?:visible|weak|extern)\s+)*\.(?P<kind>entry|func)\b\s*(?:\([^)]*\))?\s*(?P<name>[$\w]+)\s*(?:\((?P<params>[^)]*)\))?"
-)
-VARIABLE = re.compile(
-    r"(?:\.(?:visible|weak|extern|common)\s+)*\.(global|const|shared|local|param|reg)\s+(.*)", re.DOTALL
-)
-DECLARATION = re.compile(r"((?:\.\w+\s+|\d+\s+)*)\.(\w+)\s+([^=]*)(?:=\s*(.*))?", re.DOTALL)
-NAME = re.compile(r"([$%\w]+)\s*(?:<(\d+)>)?((?:\s*\[\s*\d*\s*\])*)")
-DIRECTIVE = re.compile(r"^\s*\.(?:version|target|address_size|file|loc)\b[^\n;]*;?", re.MULTILINE)
-STATEMENT = re.compile(r"(?:@\s*(!?)\s*([$%\w]+)\s+)?([a-z]\w*)((?:(?:\.|::)\w+)*)\s*(.*)", re.DOTALL)
-SPECIAL = re.compile(
-    r"%(n?tid|n?ctaid)\.[xyz]$|%(laneid|n?warpid|lanemask_..|clock\w*|\w+_smem_size|globaltimer\w*|n?smid)$"
-)
+class Type(NamedTuple):
+    """A fundamental type.  kind is "int", "float", "bf16" or "pred"; lanes is 2 for packed pairs."""
 
-SLOT = 40  # arrays and windows lie 2**40 bytes apart, each in the middle of its slot
-SHARED_WINDOW, LOCAL_WINDOW, FIRST_SLOT = 1, 2, 3
-ENDS = {"ret", "exit", "trap"}
-DEFINE_NOTHING = ENDS | {"st", "red", "bra", "bar", "barrier", "membar", "fence", "cp", "prefetch", "nanosleep"}
+    name: str
+    kind: str
+    bits: int
+    dtype: np.dtype
+    lanes: int = 1
 
-Reg = namedtuple("Reg", "number width negated", defaults=[False])  # width 1: a predicate, negated by "!" before it
-Imm = namedtuple("Imm", "value")  # an integer, a float, or the address of a variable
+
+TYPES = {
+    type_.name: type_
+    for type_ in (
+        Type("pred", "pred", 1, np.dtype(bool)),
+        *(Type(f"{sign}{n}", "int", n, np.dtype(f"u{n // 8}")) for sign in "bu" for n in (8, 16, 32, 64)),
+        *(Type(f"s{n}", "int", n, np.dtype(f"i{n // 8}")) for n in (8, 16, 32, 64)),
+        *(Type(f"f{n}", "float", n, np.dtype(f"f{n // 8}")) for n in (16, 32, 64)),
+        Type("f16x2", "float", 32, np.dtype(np.float16), 2),
+        Type("bf16", "bf16", 16, np.dtype(np.float32)),
+        Type("bf16x2", "bf16", 32, np.dtype(np.float32), 2),
+    )
+}
+IGNORED = re.compile(r"//.*|^\s*\.(?:version|target|address_size)\b.*", re.MULTILINE)
+ENTRY = re.compile(r"\.visible\s+\.entry\s+([$\w]+)\s*\(([^)]*)\)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+LABEL = re.compile(r"([$\w]+): ?")
+DECLARATION = re.compile(
+    r"(?:\.(?:visible|common) )*\.(reg|global|const|shared) (?:\.align (\d+) )?\.(\w+) ([^=]+)(?:= \{(.*)\})?"
+)
+NAME = re.compile(r"([$%\w]+)(?:<(\d+)>)?(?:\[(\d*)\])?")  # %r<4> declares %r0 to %r3
+STATEMENT = re.compile(r"(?:@(!?[$%\w]+) )?([a-z]\w*)((?:\.\w+)*) ?(.*)")
+OPERAND = re.compile(r"\{.*?\}|\[.*?\]|[^\s,]+")
+ADDRESS = re.compile(r"\[ ?([^\s+-]+) ?\+? ?(-?\w*) ?\]")
+NUMBER = re.compile(r"0[fFdD]([0-9a-fA-F]+)|(-?\d\w*)")
+SPECIAL = re.compile(r"%(n?tid|n?ctaid)\.[xyz]|%dynamic_smem_size")
+
+SLOT, FIRST_SLOT = 40, 1  # arrays lie 2**40 bytes apart, each in the middle of its slot
+DEFINE_NOTHING = {"ret", "trap", "st", "red", "bra", "bar", "cp"}
+
+Reg = namedtuple("Reg", "number width name negated", defaults=[False])  # width 1: a predicate, negated by "!" before it
+Imm = namedtuple("Imm", "value")  # an integer, the bits of a float, the address of a variable, the position of a label
 Special = namedtuple("Special", "name")  # %tid.x
-Vec = namedtuple("Vec", "items")  # {a, b}, or a|b for two results; None stands for _
-Mem = namedtuple("Mem", "base offset")  # [base + offset]; base is a Reg, an Imm or the name of a parameter
-Dynamic = namedtuple("Dynamic", "name")  # dynamic shared memory, whose address is known at the end of an entry
-Entry = namedtuple("Entry", "name params body")
-Scope = ChainMap[str, Any]
+Param = namedtuple("Param", "name")  # [parameter]
+Mem = namedtuple("Mem", "base offset")  # [base + offset]; base is a Reg or an Imm
 
 
 class PTXError(Exception):
     """PTX that cannot be understood, or a thread that did something undefined."""
-
-    located = False
-
-    def at(self, where: object) -> PTXError:
-        """The error with the place in the PTX before it, unless it names one already."""
-        if self.located:
-            return self
-        error = PTXError(f"{where}: {self}")
-        error.located = True
-        return error
 
 
 @dataclass
 class Instruction:
     """One instruction.
 
-    target : the position that a branch leads to
+    operands : {a, b} is a list, and so are the two results a|b; None stands for _
     live : bits of the registers whose values are needed before it
     kind, run, members : filled in by decoding; members reads the member mask of what a warp does together
     """
@@ -78,16 +80,15 @@ class Instruction:
     mods: list[str] = field(default_factory=list)
     operands: list[Any] = field(default_factory=list)
     guard: Reg | None = None
-    target: int = -1
     live: int = 0
     kind: str = "plain"
     run: Any = None
     members: Any = None
 
     @property
-    def types(self) -> list[str]:
+    def types(self) -> list[Type]:
         """The types among the modifiers."""
-        return [mod for mod in self.mods if mod in BITS]
+        return [TYPES[mod] for mod in self.mods if mod in TYPES]
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.text}"
@@ -98,144 +99,21 @@ def slot_base(slot: int) -> int:
     return (slot << SLOT) + (1 << SLOT - 1)
 
 
-def statements(ptx: str) -> Iterator[tuple[int, str]]:
-    """Split PTX into (line, text): statements without ";", labels with ":", headers of functions, braces of scopes."""
-    ptx = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment.group().count("\n"), ptx, flags=re.DOTALL)
-    ptx = DIRECTIVE.sub("", re.sub(r"//[^\n]*", "", ptx))
-    text, line, start, depth = "", 1, 1, 0
-    for token in TOKEN.findall(ptx):
-        if token == "\n":
-            line += 1
-            text += " "
-        elif token in "{}" and (depth or (token == "{" and text.strip() and not HEADER.match(text))):
-            depth += 1 if token == "{" else -1
-            text += token
-        elif token in ";{}":
-            if text.strip():
-                yield start, " ".join(text.split())
-            if token != ";":
-                yield line, token
-            text = ""
-        else:
-            if not text.strip():
-                start = line
-                while label := LABEL.match(token):
-                    yield line, label.group(1) + ":"
-                    token = token[label.end() :]
-            text += token
+@contextmanager
+def located(line: int, text: str) -> Iterator[None]:
+    """Errors name the line and its text."""
+    try:
+        yield
+    except (PTXError, KeyError, ValueError) as error:
+        raise PTXError(f"line {line}: {text}: {error}") from None
 
 
-def parameters(text: str | None) -> list[tuple[str, str]]:
-    """(type, name) of each parameter in a header."""
-    found = []
-    for part in split(text or ""):
-        declared = re.fullmatch(r"\.param\b(.*?)([$%\w]+)\s*(\[\d+\])?", part, re.DOTALL)
-        types = [word for word in re.findall(r"\.(\w+)", declared.group(1)) if word in BITS] if declared else []
-        if not types or declared.group(3):
-            raise PTXError(f"parameter {part}: only scalars are supported")
-        found.append((types[0], declared.group(2)))
-    return found
-
-
-def entries(ptx: str) -> tuple[list[Entry], list[tuple[int, str]]]:
-    """The entries, and the statements outside of functions.  Functions that are no entries stay unread."""
-    found: list[Entry] = []
-    outside, current, body, depth = [], None, [], 0
-    for line, text in statements(ptx):
-        if current and not body and text != "{":
-            current = None  # a declaration only
-        if current is None and (header := HEADER.match(text)):
-            current, body = header, []
-        elif current is None:
-            outside.append((line, text))
-        else:
-            depth += (text == "{") - (text == "}")
-            body.append((line, text))
-            if depth == 0:
-                if current["kind"] == "entry":
-                    found.append(Entry(current["name"], parameters(current["params"]), body))
-                current = None
-    return found, outside
-
-
-def split(text: str) -> list[str]:
-    """Split at the commas that are in no bracket."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "{[(") - (char in "}])")
-        if char == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
-
-
-def number(text: str) -> int | float | None:
-    """The value of a literal, or None if the text isn't one."""
-    sign, body = (-1, text[1:].strip()) if text.startswith("-") else (1, text)
-    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", body):
-        return sign * struct.unpack(">f" if body[1] in "fF" else ">d", bytes.fromhex(body[2:]))[0]
-    if re.fullmatch(r"(0[xX][0-9a-fA-F]+|0[bB][01]+|[1-9]\d*|0+)U?", body):
-        return sign * int(body.rstrip("U"), 0)
-    if re.fullmatch(r"0[0-7]+U?", body):
-        return sign * int(body.rstrip("U"), 8)
-    return sign * float(body) if re.fullmatch(r"\d*\.\d*([eE][+-]?\d+)?|\d+[eE][+-]?\d+", body) else None
-
-
-def declaration(rest: str) -> Iterator[tuple[str, int, str, int, str]]:
-    """(type, alignment, name, count, initializer) of each name in a declaration, after its state space."""
-    match = DECLARATION.match(rest)
-    if not match or match.group(2) not in BITS:
-        raise PTXError(f"cannot read the declaration {rest}")
-    qualifiers, type_, names, initial = match.groups()
-    lanes = int((re.search(r"\.v([24])", qualifiers) or [1, 1])[1])
-    align = int((re.search(r"\.align\s+(\d+)", qualifiers) or [1, max(BITS[type_] // 8, 1) * lanes])[1])
-    for text in split(names):
-        named = NAME.fullmatch(text)
-        if not named:
-            raise PTXError(f"cannot read the declaration of {text}")
-        name, repeat, dims = named.groups()
-        count = lanes * int(np.prod([int(dim or 0) for dim in re.findall(r"\[\s*(\d*)\s*\]", dims)], dtype=np.int64))
-        for each in [name] if repeat is None else [f"{name}{index}" for index in range(int(repeat))]:
-            yield type_, align, each, count, initial or ""
-
-
-def initialized(type_: str, count: int, initial: str) -> np.ndarray:
-    """The bytes of a .global or .const variable; what has no initializer is zero."""
-    values = [number(word) for word in re.split(r"[{},\s]+", initial) if word]
-    if None in values:
-        raise PTXError(f"only numbers are supported in initializers, not {initial}")
-    bits = BITS[type_]
-    if type_.startswith("f"):
-        data = np.array(values, f"f{bits // 8}")
-    else:
-        data = np.array([value & (1 << bits) - 1 for value in values], np.uint64).astype(f"u{bits // 8}")
-    whole = np.zeros(count, data.dtype)
-    whole[: len(data)] = data
-    return whole.view(np.uint8)
-
-
-class Layout:
-    """Places for variables: each .global and .const one has a slot, .shared and .local ones lie one after the other."""
-
-    def __init__(self) -> None:
-        self.arrays: list[tuple[str, np.ndarray, bool]] = []  # name, bytes, writable
-        self.ends = {"shared": 0, "local": 0}
-
-    def place(self, space: str, rest: str) -> dict[str, Any]:
-        """Lay out the names of one declaration."""
-        placed: dict[str, Any] = {}
-        for type_, align, name, count, initial in declaration(rest):
-            if space in ("global", "const"):
-                placed[name] = Imm(slot_base(FIRST_SLOT + len(self.arrays)))
-                self.arrays.append((name, initialized(type_, count, initial), space == "global"))
-            elif count == 0:
-                placed[name] = Dynamic(name)
-            else:
-                start = -(-self.ends[space] // align) * align
-                self.ends[space] = start + count * (BITS[type_] // 8)
-                placed[name] = Imm(start)
-        return placed
+def statements(text: str, line: int) -> Iterator[tuple[int, str]]:
+    """The statements between semicolons, each with the line on which it ends."""
+    for part in text.split(";"):
+        line += part.count("\n")
+        if part.strip():
+            yield line, " ".join(part.split())
 
 
 class Program:
@@ -243,105 +121,103 @@ class Program:
 
     params : (type, name) of its parameters
     code : all instructions
-    names, widths : of the registers
-    shared_bytes, local_bytes : static shared memory of a block, local memory of a thread
+    known : what names and [parameters] mean
+    registers : how many there are
+    arrays : (name, bytes, writable) of the module's .global and .const variables
+    shared_bytes : static shared memory of a block
+    unit : the size in bytes of the smallest access that may go to shared memory
     """
 
-    def __init__(self, entry: Entry, layout: Layout, variables: dict[str, Any]):
-        self.name, self.params, self.layout = entry.name, entry.params, layout
+    def __init__(self, name: str, params: str, body: list[tuple[int, str]]):
+        self.name = name
+        words = [part.split() for part in params.split(",") if part.strip()]
+        self.params = [(TYPES[first[1:]], word) for _, first, *_, word in words]
+        self.registers, self.shared_bytes = 0, 0
+        self.arrays: list[tuple[str, np.ndarray, bool]] = []
+        self.known: dict[str, Any] = {"_": None} | {f"[{name}]": Param(name) for _, name in self.params}
         self.code: list[Instruction] = []
-        self.names: list[str] = []
-        self.widths: list[int] = []
-        self.branches: list[tuple[Instruction, str, Scope]] = []
-        layout.ends["local"] = 0
-        self.read(entry.body, ChainMap({name: name for _, name in entry.params}, variables))
-        self.code.append(Instruction(entry.body[-1][0], "}", "ret"))
-        self.shared_bytes, self.local_bytes = (-(-layout.ends[space] // 16) * 16 for space in ("shared", "local"))
-        for made, label, scope in self.branches:
-            if label not in scope:
-                raise PTXError(f"no label {label}").at(made)
-            made.target = scope[label]
-        for made in self.code:
-            made.operands = [self.relocated(operand) for operand in made.operands]
-        find_live(self.code)
-
-    def read(self, body: list[tuple[int, str]], scope: Scope) -> None:
-        """Append the instructions of an entry."""
+        dynamic, rest = [], []
         for line, text in body:
-            try:
-                if text in "{}":
-                    scope = scope.new_child() if text == "{" else scope.parents
-                elif text.endswith(":"):
-                    scope.maps[0][text[:-1]] = len(self.code)
-                elif variable := VARIABLE.match(text):
-                    scope.maps[0].update(self.declare(*variable.groups()))
-                elif not text.startswith(".pragma"):
-                    self.instruction(line, text, scope)
-            except PTXError as error:
-                raise error.at(f"line {line}: {text}") from None
+            while label := LABEL.match(text):
+                self.known[label[1]] = Imm(len(rest))
+                text = text[label.end() :]
+            if text.startswith(".extern .shared"):
+                dynamic.append(NAME.findall(text)[-1][0])
+            elif text.startswith("."):
+                with located(line, text):
+                    self.declare(text)
+            elif text:
+                rest.append((line, text))
+        self.shared_bytes = -(-self.shared_bytes // 16) * 16
+        self.known.update(dict.fromkeys(dynamic, Imm(self.shared_bytes)))  # behind all static arrays
+        for line, text in rest:
+            with located(line, text):
+                self.code.append(self.instruction(line, text))
+        self.code.append(Instruction(body[-1][0], "}", "ret"))
+        find_live(self.code)
+        moves = [made for made in self.code if made.op in ("ld", "st", "atom", "red") and "shared" in made.mods]
+        self.unit = min([4, *(made.types[-1].bits // 8 for made in moves)])
 
-    def declare(self, space: str, rest: str) -> dict[str, Any]:
-        if space == "reg":
-            return {name: self.register(name, BITS[type_]) for type_, _, name, _, _ in declaration(rest)}
-        return self.layout.place(space, rest)
+    def declare(self, text: str) -> None:
+        """Read a declaration: arrays in shared memory lie one after the other, each other one has a slot."""
+        match = DECLARATION.fullmatch(text)
+        if not match:
+            if text.startswith(".pragma"):
+                return
+            raise PTXError("unknown directive")
+        space, align, type_, names, initial = match.groups()
+        bits = TYPES[type_].bits
+        for name, repeat, count in NAME.findall(names):
+            if space == "reg":
+                for each in [f"{name}{index}" for index in range(int(repeat))] if repeat else [name]:
+                    self.known[each] = Reg(self.registers, bits, each)
+                    self.registers += 1
+            elif space == "shared":
+                start = -(-self.shared_bytes // int(align)) * int(align)
+                self.known[name], self.shared_bytes = Imm(start), start + int(count or 1) * bits // 8
+            else:
+                data = np.zeros(int(count or 1), f"u{bits // 8}")
+                values = [int(word) for word in (initial or "").split(",") if word]
+                data[: len(values)] = values
+                self.known[name] = Imm(slot_base(FIRST_SLOT + len(self.arrays)))
+                self.arrays.append((name, data.view(np.uint8), space == "global"))
 
-    def register(self, name: str, width: int) -> Reg:
-        self.names.append(name)
-        self.widths.append(width)
-        return Reg(len(self.widths) - 1, width)
-
-    def instruction(self, line: int, text: str, scope: Scope) -> None:
+    def instruction(self, line: int, text: str) -> Instruction:
+        """Read an instruction."""
         match = STATEMENT.fullmatch(text)
         if not match:
             raise PTXError("cannot read the instruction")
-        negated, guard, op, mods, rest = match.groups()
-        made = Instruction(line, text, op, re.findall(r"\w+", mods))
-        if guard:
-            made.guard = self.operand(guard, scope)._replace(negated=bool(negated))
-        if op == "bra":
-            self.branches.append((made, rest, scope))
-        elif op == "call":
-            raise PTXError("calls are not supported")
-        else:
-            made.operands = [self.operand(part, scope) for part in split(rest)]
-        self.code.append(made)
+        guard, op, mods, rest = match.groups()
+        operands = [self.operand(part) for part in OPERAND.findall(rest)]
+        return Instruction(line, text, op, mods.split(".")[1:], operands, self.operand(guard) if guard else None)
 
-    def operand(self, text: str, scope: Scope) -> Any:
+    def operand(self, text: str) -> Any:
         """Read one operand."""
+        if text in self.known:
+            return self.known[text]
         if text[0] == "{" or "|" in text:
-            return Vec(tuple(self.operand(part.strip(), scope) for part in re.split(r"[,|]", text.strip("{}"))))
-        if text[0] == "[":
-            base, sign, offset = re.fullmatch(r"\[\s*(-?[^\s+-]+)\s*([+-]?)\s*(.*?)\s*\]", text).groups()
-            inner = scope[base] if isinstance(scope.get(base), str) else self.operand(base, scope)
-            return Mem(inner, int(number(offset or "0")) * (-1 if sign == "-" else 1))
+            return [self.operand(part.strip()) for part in re.split(r"[,|]", text.strip("{}"))]
+        if address := ADDRESS.fullmatch(text):
+            return Mem(self.operand(address[1]), int(address[2] or "0", 0))
         if text[0] == "!":
-            return self.operand(text[1:].strip(), scope)._replace(negated=True)
-        if (value := number(text)) is not None:
-            return Imm(value)
-        if isinstance(scope.get(text), (Reg, Imm, Dynamic)):
-            return scope[text]
-        if SPECIAL.match(text):
+            return self.operand(text[1:])._replace(negated=True)
+        if number := NUMBER.fullmatch(text):
+            return Imm(int(number[1], 16) if number[1] else int(text, 0))
+        if SPECIAL.fullmatch(text):
             return Special(text)
-        if text != "_":
-            raise PTXError(f"unknown operand {text}")
-        return None
-
-    def relocated(self, operand: Any) -> Any:
-        """Dynamic shared memory lies behind all static arrays."""
-        if isinstance(operand, Mem):
-            return operand._replace(base=self.relocated(operand.base))
-        return Imm(self.shared_bytes) if isinstance(operand, Dynamic) else operand
+        raise PTXError(f"unknown operand {text}")
 
 
-def registers_of(operands: list[Any]) -> int:
-    """Bits of the registers that operands mention."""
-    bits = 0
-    for operand in operands:
-        if isinstance(operand, Vec):
-            bits |= registers_of(operand.items)
-        register = operand.base if isinstance(operand, Mem) else operand
-        bits |= 1 << register.number if isinstance(register, Reg) else 0
-    return bits
+def items_of(operand: Any) -> list[Any]:
+    """The operands in {a, b} or a|b, or the only one."""
+    return operand if isinstance(operand, list) else [operand]
+
+
+def registers_of(operands: list[Any]) -> list[Reg]:
+    """The registers that operands mention."""
+    flat = [item for operand in operands for item in items_of(operand)]
+    bases = [item.base if isinstance(item, Mem) else item for item in flat]
+    return [base for base in bases if isinstance(base, Reg)]
 
 
 def find_live(code: list[Instruction]) -> None:
@@ -352,34 +228,29 @@ def find_live(code: list[Instruction]) -> None:
     changes = []
     for made in code:
         first = 0 if made.op in DEFINE_NOTHING else 1
-        used, defined = registers_of(made.operands[first:]), registers_of(made.operands[:first])
-        if made.guard:
-            used |= 1 << made.guard.number | defined
-        changes.append((used, ~defined))
+        used = {register.number for register in registers_of([*made.operands[first:], made.guard])}
+        defined = {register.number for register in registers_of(made.operands[:first])}
+        used |= defined if made.guard else set()
+        changes.append((sum(1 << number for number in used), ~sum(1 << number for number in defined)))
     changed = True
     while changed:
         changed = False
         for position in range(len(code) - 1, -1, -1):
             made, (used, kept) = code[position], changes[position]
-            goes_on = made.guard or made.op not in ENDS | {"bra"}
-            after = code[position + 1].live if goes_on else 0
-            after |= code[made.target].live if made.op == "bra" else 0
+            after = code[position + 1].live if made.guard or made.op not in ("ret", "trap", "bra") else 0
+            after |= code[made.operands[0].value].live if made.op == "bra" else 0
             live = after & kept | used
             changed |= live != made.live
             made.live = live
 
 
-def programs(ptx: str) -> tuple[list[Program], list[tuple[str, np.ndarray, bool]]]:
-    """Every entry of a module, and the module's arrays: name, bytes, whether it may be written."""
-    found, outside = entries(ptx)
-    layout, variables = Layout(), {}
-    for line, text in outside:
-        if variable := VARIABLE.match(text):
-            variables.update(layout.place(*variable.groups()))
-        elif not text.startswith(".pragma"):
-            raise PTXError("unknown directive").at(f"line {line}: {text}")
-    shared, read = layout.ends["shared"], []
-    for entry in found:
-        layout.ends["shared"] = shared
-        read.append(Program(entry, layout, variables))
-    return read, layout.arrays
+def programs(ptx: str) -> list[Program]:
+    """Every entry of a module."""
+    ptx = IGNORED.sub("", ptx)
+    outside = list(statements(ENTRY.sub(lambda entry: "\n" * entry.group().count("\n"), ptx), 1))
+    found = []
+    for entry in ENTRY.finditer(ptx):
+        name, params, body = entry.groups()
+        inside = statements(body, ptx.count("\n", 0, entry.start(3)) + 1)
+        found.append(Program(name, params, [*outside, *inside]))
+    return found

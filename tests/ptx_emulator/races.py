@@ -26,6 +26,7 @@ ATOMIC = 2048
 TIME = 12  # the stamp's bits above this: the time of the write
 PENDING = 1 << 56  # set while cp.async hasn't been waited for
 SEVERAL = -2
+Access = tuple[Array, Array, int]  # units, threads, the time
 
 
 class SharedWatch:
@@ -36,56 +37,47 @@ class SharedWatch:
         units = bytes_per_block * machine.blocks // unit
         self.written, self.last_read = np.full(units, -1, np.int64), np.full(units, -1, np.int64)
         self.reader, self.reading_warp = np.zeros(units, np.int32), np.zeros(units, np.int32)
-        self.reads: list[
-            tuple[Array, Array, int]
-        ] = []  # not yet in the arrays above, as most are forgotten at a barrier
+        self.reads: list[Access] = []  # not yet in the arrays above, as most are forgotten at a barrier
         self.clock = 1
         self.barrier_time = np.zeros(machine.blocks, np.int64)
         self.warp_time = np.zeros(machine.blocks * machine.warps, np.int64)
         self.group = np.zeros(machine.count, np.int64)  # of each thread: how many groups of copies it committed
         self.copies: list[tuple[Array, Array, Array]] = []  # units, threads, groups
 
-    def units(self, offsets: Array, size: int, threads: Array) -> tuple[Array, Array]:
-        """The units that an access touches, and the thread that touches each.  A tick of the clock."""
+    def access(self, offsets: Array, size: int, threads: Array, does: str) -> None:
+        """Check an access that "reads", "writes", "updates" (an atomic) or "copies" (cp.async), and remember it."""
         self.clock += 1
-        first, each = offsets // self.unit, size // self.unit
-        return (first, threads) if each == 1 else ((first[:, None] + np.arange(each)).ravel(), np.repeat(threads, each))
-
-    def read(self, offsets: Array, size: int, threads: Array) -> None:
-        """Check a load and remember it."""
-        units, threads = self.units(offsets, size, threads)
-        self.check_writes(units, threads, "reads")
-        self.reads.append((units, threads, self.clock))
-        if len(self.reads) > 64:
-            self.settle_reads()
-
-    def write(self, offsets: Array, size: int, threads: Array, does: str = "writes", pending: bool = False) -> None:
-        """Check a store ("updates": an atomic; pending: a cp.async) and remember it."""
-        units, threads = self.units(offsets, size, threads)
+        units, each = offsets // self.unit, size // self.unit
+        if each > 1:
+            units, threads = (units[:, None] + np.arange(each)).ravel(), np.repeat(threads, each)
         self.check_writes(units, threads, does)
+        if does == "reads":
+            self.reads.append((units, threads, self.clock))
+            if len(self.reads) > 64:
+                self.settle_reads()
+            return
         self.check_reads(units, threads, does)
-        stamps = (self.clock << TIME) + (threads % self.machine.size if does == "writes" else WHO + ATOMIC)
+        stamps = (self.clock << TIME) + (WHO + ATOMIC if does == "updates" else self.machine.in_block[threads])
         self.written[units] = stamps
         twice = self.written[units] != stamps
         if twice.any():
             other = int(self.written[units[np.argmax(twice)]]) & WHO
             self.race(twice, units, threads, does, f"thread {other} writes in the same instruction")
-        if pending:
+        if does == "copies":
             self.written[units] |= PENDING
             self.copies.append((units, threads, self.group[threads]))
 
     def check_writes(self, units: Array, threads: Array, does: str) -> None:
         """Raise unless earlier writes of these units are ordered before this access."""
-        stamps, size, machine = self.written[units], self.machine.size, self.machine
-        if does != "writes" and int(stamps.min()) < 0:
+        stamps, machine = self.written[units], self.machine
+        if does in ("reads", "updates") and int(stamps.min()) < 0:
             self.race(stamps < 0, units, threads, does, "nobody wrote there (uninitialized)")
         if int(stamps.max()) >> TIME < int(self.barrier_time.min()):
             return
         self.race(stamps >= PENDING, units, threads, does, "cp.async writes there and wasn't waited for")
-        who, when = stamps & WHO, stamps >> TIME
-        ordered = (when < self.barrier_time[machine.block_of[threads]]) | (who == threads % size)
-        same_warp = (who >> 5) == (threads % size) >> 5
-        ordered |= same_warp & (when < self.warp_time[machine.warp_of[threads]])
+        who, when, own = stamps & WHO, stamps >> TIME, machine.in_block[threads]
+        ordered = (when < self.barrier_time[machine.block_of[threads]]) | (who == own)
+        ordered |= (who >> 5 == own >> 5) & (when < self.warp_time[machine.warp_of[threads]])
         if does == "updates":
             ordered |= (stamps & ATOMIC) != 0
         if not ordered.all():
@@ -98,13 +90,12 @@ class SharedWatch:
         for units, threads, when in self.reads:
             since = self.barrier_time[self.machine.block_of[threads]]
             units, threads, since = (array[when >= since] for array in (units, threads, since))
-            warps = self.machine.warp_of[threads]
             again = self.last_read[units] >= since
-            others = again & (self.reader[units] != threads)
-            other_warps = again & (self.reading_warp[units] != warps)
-            self.reader[units], self.reading_warp[units], self.last_read[units] = threads, warps, when
-            self.reader[units[others | (self.reader[units] != threads)]] = SEVERAL
-            self.reading_warp[units[other_warps | (self.reading_warp[units] != warps)]] = SEVERAL
+            self.last_read[units] = when
+            for last, now in ((self.reader, threads), (self.reading_warp, self.machine.warp_of[threads])):
+                others = again & (last[units] != now)
+                last[units] = now
+                last[units[others | (last[units] != now)]] = SEVERAL
         self.reads.clear()
 
     def check_reads(self, units: Array, threads: Array, does: str) -> None:
@@ -123,7 +114,8 @@ class SharedWatch:
         if where.any():
             first = int(np.argmax(where))
             byte = int(units[first]) * self.unit % self.each
-            raise PTXError(f"{self.machine.name_of(int(threads[first]))} {does} byte {byte} of shared memory; {why}")
+            who = self.machine.name_of(int(threads[first]))
+            raise PTXError(f"{who} {does} byte {byte} of shared memory; {why}")
 
     def barrier(self, released: Array | None) -> None:
         """A bar.sync of the blocks of these threads, or of all."""
@@ -139,6 +131,10 @@ class SharedWatch:
         self.clock += 1
         self.warp_time[self.machine.warp_of[threads]] = self.clock
 
+    def commit(self, threads: Array) -> None:
+        """cp.async.commit_group."""
+        self.group[threads] += 1
+
     def wait(self, threads: Array, newest: int | None) -> None:
         """cp.async.wait_group: all but the newest groups are there; None: everything, committed or not."""
         self.clock += 1
@@ -149,7 +145,7 @@ class SharedWatch:
             done = waiting[owners]
             if newest is not None:
                 done &= groups < self.group[owners] - newest
-            self.written[units[done]] = (self.clock << TIME) + owners[done] % self.machine.size
+            self.written[units[done]] = (self.clock << TIME) + self.machine.in_block[owners[done]]
             if not done.all():
                 remaining.append((units[~done], owners[~done], groups[~done]))
         self.copies = remaining
