@@ -10,16 +10,18 @@ from __future__ import annotations
 import numpy as np
 
 from tests.ptx_emulator.parser import TYPES, Instruction, PTXError, Type
-from tests.ptx_emulator.values import PRED, U32, Array, Function, pure
+from tests.ptx_emulator.values import PRED, U32, UNSIGNED, Array, Function, pure
 
+TINY = np.finfo(np.float32).tiny
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 FLOAT: dict[str, Function] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": lambda a, b, c: a * b + c,
-    "sqrt": np.sqrt, "rcp": np.reciprocal, "rsqrt": lambda a: 1 / np.sqrt(a), "ex2": np.exp2, "lg2": np.log2,
-    "neg": np.negative, "abs": np.abs, "min": np.fmin, "max": np.fmax,
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "sqrt": np.sqrt, "rcp": np.reciprocal,
+    "ex2": np.exp2, "lg2": np.log2, "neg": np.negative, "abs": np.abs, "min": np.fmin, "max": np.fmax,
+    "fma": lambda a, b, c, dtype: np.multiply(a, b, dtype=dtype) + c,
+    "rsqrt": lambda a, dtype: 1 / np.sqrt(a, dtype=dtype),
 }  # fmt: skip
-EXACT = {"add", "sub", "mul", "div", "sqrt", "neg", "abs", "min", "max"}  # NumPy rounds them as .rn does
+EXACT = {"add", "sub", "mul", "div", "sqrt", "neg", "abs"}  # NumPy rounds them as .rn does
 COMPARE: dict[str, Function] = {
     "eq": np.equal, "ne": lambda a, b: (a < b) | (a > b), "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal, "equ": lambda a, b: ~((a < b) | (a > b)), "neu": np.not_equal,
@@ -120,9 +122,8 @@ def narrow(exact: Array, dtype: np.dtype, mode: str) -> Array:
 
 
 def flush(value: Array) -> Array:
-    """.ftz: zeros for subnormal float32."""
-    small = np.abs(value) < np.finfo(np.float32).tiny
-    return np.where(small, np.copysign(np.float32(0), value), value) if value.dtype == np.float32 else value
+    """.ftz: zeros with the same sign for subnormal float32."""
+    return value * (np.abs(value) >= TINY) if value.dtype == np.float32 else value
 
 
 def finished(made: Instruction, function: Function) -> Function:
@@ -131,26 +132,32 @@ def finished(made: Instruction, function: Function) -> Function:
 
     def run(*values: Array) -> Array:
         value = flush(function(*map(flush, values))) if ftz else function(*values)
-        return np.where(np.isnan(value), 0, np.clip(value, 0, 1)).astype(value.dtype) if sat else value
+        return np.clip(np.nan_to_num(value), 0, 1) if sat else value
 
     return run if ftz or sat else function
 
 
-def extreme(smaller: bool, function: Function) -> Function:
-    """min and max: -0 is less than +0."""
-    return lambda a, b: np.where((a == b) & (np.signbit(a) == smaller), a, np.where(a == b, b, function(a, b)))
+def extreme(made: Instruction) -> Function:
+    """min and max: a NaN loses unless .NaN is given, and -0 is less than +0."""
+    propagates, join = {"min": (np.minimum, np.bitwise_or), "max": (np.maximum, np.bitwise_and)}[made.op]
+    function = propagates if "NaN" in made.mods else FLOAT[made.op]
+
+    def run(a: Array, b: Array) -> Array:
+        bits = [value.view(UNSIGNED[value.itemsize * 8]) for value in (a, b)]
+        return np.where(a == b, join(*bits).view(a.dtype), function(a, b))  # equal ones differ in the sign of zero only
+
+    return run
 
 
 def float_function(made: Instruction, type_: Type) -> Function:
     """The function of a floating-point instruction, with its rounding mode."""
     mode, function = rounding(made), FLOAT[made.op]
-    if made.op in ("min", "max"):  # a NaN loses unless .NaN is given
-        wins = {"min": np.minimum, "max": np.maximum}[made.op]
-        return extreme(made.op == "min", wins if "NaN" in made.mods else function)
+    if made.op in ("min", "max"):
+        return extreme(made)
     if made.op in EXACT and mode == "rn":
         return function
     wide = np.longdouble if type_.bits == 64 else np.float64
-    return lambda *values: narrow(function(*(value.astype(wide) for value in values)), type_.dtype, mode)
+    return lambda *values: narrow(function(*values, dtype=wide), type_.dtype, mode)
 
 
 def rounding(made: Instruction) -> str:

@@ -96,7 +96,7 @@ class Machine:
             raise PTXError(f"{self.made}: {error}") from None
         except (AttributeError, TypeError) as error:
             made = self.made
-            read = registers_of([*made.operands[1:], made.guard, made.operands[0]])
+            read = registers_of([*made.operands[1:], made.guard, *made.operands[:1]])
             empty = [register.name for register in read if self.registers[register.number] is None]
             reason = f"reads {empty[0]}, which was never written" if empty else error
             raise PTXError(f"{made}: {reason}") from error

@@ -253,4 +253,6 @@ def programs(ptx: str) -> list[Program]:
         name, params, body = entry.groups()
         inside = statements(body, ptx.count("\n", 0, entry.start(3)) + 1)
         found.append(Program(name, params, [*outside, *inside]))
+    if not found:
+        raise PTXError("there is no .visible .entry")
     return found
