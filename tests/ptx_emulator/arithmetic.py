@@ -122,8 +122,8 @@ def narrow(exact: Array, dtype: np.dtype, mode: str) -> Array:
 
 
 def flush(value: Array) -> Array:
-    """.ftz: zeros with the same sign for subnormal float32."""
-    return value * (np.abs(value) >= TINY) if value.dtype == np.float32 else value
+    """.ftz: zeros with the same sign for subnormal numbers in four bytes."""
+    return value * (np.abs(value) >= TINY) if value.itemsize == 4 else value
 
 
 def finished(made: Instruction, function: Function) -> Function:

@@ -106,15 +106,14 @@ class Machine:
         code = self.program.code
         self.note_needs()
         limit = min(self.ready, default=len(code))
-        while position is not None:
-            if position >= limit:
-                self.arrive(self.ready, position, self.mask)
-                return
+        while position is not None and position < limit:
             self.made = code[position]
             self.steps += 1
             if self.steps > self.max_steps:
                 raise PTXError(f"more than max_steps = {self.max_steps}")
             position = self.step(self.made, position)
+        if position is not None:
+            self.arrive(self.ready, position, self.mask)
 
     def note_needs(self) -> None:
         """Find what other groups need."""
@@ -146,17 +145,16 @@ class Machine:
                 return after
             self.arrive(self.ready, after, ~mask if outer is None else outer & ~mask)
             self.activate(mask)
+            self.note_needs()
         if made.kind == "plain":
-            if mask is not outer:
-                self.note_needs()
             made.run(self)
         elif made.kind == "bra":
             after = made.operands[0].value
+        elif made.kind == "ret":
+            self.alive[self.threads] = False
+            return None
         else:
-            if made.kind == "ret":
-                self.alive[self.threads] = False
-            else:
-                self.synchronize(made, position)
+            self.synchronize(made, position)
             return None
         if mask is outer:
             return after

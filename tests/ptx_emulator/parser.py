@@ -228,10 +228,9 @@ def find_live(code: list[Instruction]) -> None:
     changes = []
     for made in code:
         first = 0 if made.op in DEFINE_NOTHING else 1
-        used = {register.number for register in registers_of([*made.operands[first:], made.guard])}
-        defined = {register.number for register in registers_of(made.operands[:first])}
-        used |= defined if made.guard else set()
-        changes.append((sum(1 << number for number in used), ~sum(1 << number for number in defined)))
+        used = sum({1 << register.number for register in registers_of([*made.operands[first:], made.guard])})
+        defined = sum({1 << register.number for register in registers_of(made.operands[:first])})
+        changes.append((used | defined if made.guard else used, ~defined))
     changed = True
     while changed:
         changed = False
