@@ -32,6 +32,8 @@ class Keys(NamedTuple):
     score: Callable[..., Any]
     """(s, rows, keys, values, tiles, head_dim, fetch): s.scores of the first so many tiles of keys; memory may be asked
     for as many of values if `fetch`."""
+    early: bool
+    """Whether memory should be asked for most of the keys that follow while the softmax is computed."""
 
 
 class Values(NamedTuple):
@@ -50,7 +52,7 @@ class Values(NamedTuple):
 def keys(storage: Storage) -> Keys:
     """The functions for keys that are stored and multiplied like this."""
     if storage.compute == "amx":
-        return Keys(amx_attention.row_words, amx_attention.load, amx_attention.score)
+        return Keys(amx_attention.row_words, amx_attention.load, amx_attention.score, early=False)
     in_blocks, rounds, name = storage.type.in_blocks, storage.compute == "int8", f"{storage.kind}-{storage.compute}"
     packed, words = storage.pack, storage.words
     load_row = (attend_codes if rounds else attend_tiles).query_kernel(storage)
@@ -91,7 +93,7 @@ def keys(storage: Storage) -> Keys:
                 s.panel[block * size_of_row :], keys[0], s.scores[block * KEY_BLOCK :], steps,
                 tiles, keys[0].nbytes, values[0], values[0].nbytes, lines))  # fmt: skip
 
-    return Keys(row_words, load, score)
+    return Keys(row_words, load, score, early=rounds)  # floats take longer to come than the softmax does
 
 
 @functools.cache

@@ -290,7 +290,7 @@ def _finish(job, s, group, heads, rows, lse, partial):  # type: ignore[no-untype
 
 def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -> Callable[..., Any]:
     """A function that leaves a job's unnormalized output in s.out, with s.row_max and s.row_sum."""
-    _, load, score = attend_sides.keys(keys)
+    _, load, score, early = attend_sides.keys(keys)
     slices_of, add, ahead = attend_sides.values(values)
     softmax = attend_tiles.some_rows(attend_tiles.softmax_kernel, values)
     masked_softmax = attend_tiles.softmax_kernel(values, 1, masked=True)
@@ -332,6 +332,8 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
             keys, values = cache.keys[page, head, first_tile:], cache.values[page, head, first_tile:]
             fetch, follow = start == low or start % page_keys == 0 or not ahead, stop % page_keys != 0
             score(s, rows, keys, values, tiles, cache.head_dim, fetch)
+            if early and rows < TARGET.rows and follow and stop < high:
+                attend_tiles.fetch((keys[tiles], tiles * keys[0].nbytes * 3 // 4))
             for i in range(job[3]):
                 first, end = bounds(mask, position + i, length)
                 first, end, row = first - start, min(end, job[5]) - start, i * group
