@@ -358,6 +358,14 @@ def test_divergence_and_tables():
     assert out[0].tolist() == [s + 1 for s in sums] and (out[1] == out[0] + 255).all()
 
 
+def test_each_thread_has_local_memory_of_its_own():
+    out, local = np.zeros((2, 32), np.uint32), ".local .align 16 .b8 l[20];"
+    launch("""mov.u64 %d0, l; cvta.local.u64 %d1, %d0; mov.u32 %r2, %ctaid.x; mad.lo.u32 %r0, %r2, 100, %t;
+        st.local.u32 [%d0+4], %r0; bar.sync 0; ld.local.u32 %r1, [%d1+4]; mad.wide.u32 %d2, %r2, 128, %a0;
+        add.u64 %d2, %d2, %o; st.global.u32 [%d2], %r1;""", out, grid=2, declarations=local)  # fmt: skip
+    assert np.array_equal(out, np.add.outer([0, 100], np.arange(32)))
+
+
 def test_overlapping_arrays_are_the_same_memory():
     data = np.arange(8, dtype=np.uint32)
     swap = "ld.global.u32 %r0, [%a1]; st.global.u32 [%a0+8], %r0; ld.global.u32 %r1, [%a1+4]; st.global.u32 [%a0], %r1;"
@@ -372,6 +380,7 @@ ERRORS = {
     "4 bytes at byte 2 of .*: misaligned": "ld.global.u32 %r0, [%a0+2];",
     "16 bytes at byte 8 of .*: misaligned": "ld.global.v4.u32 {%r0, %r1, %r2, %r3}, [%a0+8];",
     "of shared memory: outside, it has 256": f"{STORE} ld.shared.u32 %r0, [%d0+256];",
+    "of local memory: outside, it has 16": "mov.u64 %d0, l; st.local.u32 [%d0+16], %t;",
     "of constants: outside, it has 8": "mov.u64 %d0, constants; ld.const.u32 %r0, [%d0+8];",
     "store to read-only constants": "mov.u64 %d0, constants; st.global.u32 [%d0], %t;",
     "uninitialized": f"{STORE} bar.sync 0; ld.shared.u32 %r0, [%d1+128];",
@@ -396,9 +405,9 @@ ERRORS = {
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors_name_the_line_and_the_reason(message):
     data = np.zeros(128 if "cp.async" in ERRORS[message] else 31, np.uint32)
-    constants = ".const .align 4 .b8 constants[8] = {1, 2};"
+    constants, local = ".const .align 4 .b8 constants[8] = {1, 2};", ".local .align 16 .b8 l[16];"
     with pytest.raises(PTXError, match=r"line \d+: .*") as raised:
-        launch(ERRORS[message], data, declarations=SHARED, outside=constants)
+        launch(ERRORS[message], data, declarations=SHARED + local, outside=constants)
     raised.match(message)
 
 

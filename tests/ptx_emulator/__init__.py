@@ -9,7 +9,7 @@ functions; `memory` and `races` check every access.  A register is an array with
 one while all threads agree, which makes counters and pointers cheap.
 
 It knows the instructions that NVVM makes of kernels of this project, and the modifiers that they may have; any other is
-an error when a module is read.  So are generic addresses, local memory, calls and names of inner scopes.
+an error when a module is read.  So are generic addresses, calls and names of inner scopes.
 
 What a GPU leaves undefined is an error here: accesses out of bounds or misaligned, reads of shared memory that nobody
 wrote, races in shared memory (`races` states the rule), data of cp.async that wasn't waited for, barriers that a part

@@ -17,13 +17,13 @@ COMBINE: dict[str, Function] = {
 
 def space_of(made: Instruction) -> str:
     """The state space that an instruction names."""
-    if made.mods[0] not in ("global", "shared", "const"):
+    if made.mods[0] not in ("global", "shared", "local", "const"):
         raise PTXError("generic addresses are not supported")
     return made.mods[0]
 
 
 def move(made: Instruction) -> None:
-    """mov, and cvta.to.global, as arrays keep their addresses.
+    """mov, and cvta, as arrays keep their addresses.
 
     A register that was never written may be copied: NVVM does that with undefined values.
     """
@@ -111,8 +111,8 @@ def copy_async(made: Instruction) -> None:
 
 
 MAKERS: dict[str, tuple[Any, str]] = {
-    "mov": (move, ""), "cvta": (move, "to global"), "selp": (select, ""),
-    "ld": (load, "param const nc v2 v4 global shared"), "st": (store, "v2 v4 global shared"),
+    "mov": (move, ""), "cvta": (move, "to global local"), "selp": (select, ""),
+    "ld": (load, "param const nc v2 v4 global shared local"), "st": (store, "v2 v4 global shared local"),
     "atom": (atomic, f"global shared {' '.join(COMBINE)}"), "red": (atomic, f"global shared {' '.join(COMBINE)}"),
     "cp": (copy_async, "async ca cg shared global commit_group wait_group wait_all"),
 }  # fmt: skip

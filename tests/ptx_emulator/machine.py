@@ -48,7 +48,7 @@ class Machine:
         self.lane_of = (self.in_block % 32).astype(np.uint32)
         self.registers: list[Mask] = [None] * program.registers
         self.specials: dict[str, Array] = {}
-        self.memory = Memory(self, regions, program.shared_bytes + dynamic, program.unit)
+        self.memory = Memory(self, regions, program.sizes["shared"] + dynamic, program.sizes["local"], program.unit)
         self.alive = np.ones(self.count, bool)
         self.ready: dict[int, Mask] = {0: None}
         self.parked: dict[int, Mask] = {}

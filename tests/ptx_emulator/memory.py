@@ -30,13 +30,14 @@ class Region:
 
 
 class Memory:
-    """What the threads of one machine see: the launch's regions, and shared memory of their own."""
+    """What the threads of one machine see: the launch's regions, and shared and local memory of their own."""
 
-    def __init__(self, machine: Machine, regions: dict[int, Region], shared: int, unit: int):
+    def __init__(self, machine: Machine, regions: dict[int, Region], shared: int, local: int, unit: int):
         self.machine, self.regions = machine, regions
         shared = -(-shared // 16) * 16
         self.watch = SharedWatch(machine, shared, unit)
         self.shared = Region("shared memory", np.zeros(shared * machine.blocks, np.uint8), True, machine.blocks)
+        self.local = Region("local memory", np.zeros(local * machine.count, np.uint8), True, machine.count)
 
     def parts(self, space: str, address: Array, size: int, does: str) -> Iterator[tuple[Region, Array, Array]]:
         """Check the active threads' accesses; for each region that they fall into, offsets in its data, and threads.
@@ -46,11 +47,13 @@ class Memory:
         threads = self.machine.threads
         if len(address) > 1 and self.machine.mask is not None:
             address = address[threads]
-        if space == "shared":
-            starts = self.machine.block_of[threads] * self.shared.size
-            offsets = starts + self.checked(self.shared, 0, address, size, threads)
-            self.watch.access(offsets, size, threads, does)
-            yield self.shared, offsets, threads
+        if space in ("shared", "local"):
+            block_of, local = self.machine.block_of, space == "local"
+            region, owners = (self.local, threads) if local else (self.shared, block_of[threads])
+            offsets = owners * region.size + self.checked(region, 0, address, size, threads)
+            if not local:
+                self.watch.access(offsets, size, threads, does)
+            yield region, offsets, threads
             return
         slots = address >> np.uint64(SLOT)
         same = bool((slots == slots[0]).all())

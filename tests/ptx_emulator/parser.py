@@ -42,7 +42,7 @@ IGNORED = re.compile(r"//.*|^\s*\.(?:version|target|address_size)\b.*", re.MULTI
 ENTRY = re.compile(r"\.visible\s+\.entry\s+([$\w]+)\s*\(([^)]*)\)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 LABEL = re.compile(r"([$\w]+): ?")
 DECLARATION = re.compile(
-    r"(?:\.(?:visible|common) )*\.(reg|global|const|shared) (?:\.align (\d+) )?\.(\w+) ([^=]+)(?:= \{(.*)\})?"
+    r"(?:\.(?:visible|common) )*\.(reg|global|const|shared|local) (?:\.align (\d+) )?\.(\w+) ([^=]+)(?:= \{(.*)\})?"
 )
 NAME = re.compile(r"([$%\w]+)(?:<(\d+)>)?(?:\[(\d*)\])?")  # %r<4> declares %r0 to %r3
 STATEMENT = re.compile(r"(?:@(!?[$%\w]+) )?([a-z]\w*)((?:\.\w+)*) ?(.*)")
@@ -124,7 +124,7 @@ class Program:
     known : what names and [parameters] mean
     registers : how many there are
     arrays : (name, bytes, writable) of the module's .global and .const variables
-    shared_bytes : static shared memory of a block
+    sizes : bytes of static shared memory of a block, and of local memory of a thread
     unit : the size in bytes of the smallest access that may go to shared memory
     """
 
@@ -132,7 +132,7 @@ class Program:
         self.name = name
         words = [part.split() for part in params.split(",") if part.strip()]
         self.params = [(TYPES[first[1:]], word) for _, first, *_, word in words]
-        self.registers, self.shared_bytes = 0, 0
+        self.registers, self.sizes = 0, {"shared": 0, "local": 0}
         self.arrays: list[tuple[str, np.ndarray, bool]] = []
         self.known: dict[str, Any] = {"_": None} | {f"[{name}]": Param(name) for _, name in self.params}
         self.code: list[Instruction] = []
@@ -148,8 +148,8 @@ class Program:
                     self.declare(text)
             elif text:
                 rest.append((line, text))
-        self.shared_bytes = -(-self.shared_bytes // 16) * 16
-        self.known.update(dict.fromkeys(dynamic, Imm(self.shared_bytes)))  # behind all static arrays
+        self.sizes = {space: -(-size // 16) * 16 for space, size in self.sizes.items()}
+        self.known.update(dict.fromkeys(dynamic, Imm(self.sizes["shared"])))  # behind all static arrays
         for line, text in rest:
             with located(line, text):
                 self.code.append(self.instruction(line, text))
@@ -159,7 +159,7 @@ class Program:
         self.unit = min([4, *(made.types[-1].bits // 8 for made in moves)])
 
     def declare(self, text: str) -> None:
-        """Read a declaration: arrays in shared memory lie one after the other, each other one has a slot."""
+        """Read a declaration: those in shared and local memory lie one after the other, others have a slot."""
         match = DECLARATION.fullmatch(text)
         if not match:
             if text.startswith(".pragma"):
@@ -172,9 +172,9 @@ class Program:
                 for each in [f"{name}{index}" for index in range(int(repeat))] if repeat else [name]:
                     self.known[each] = Reg(self.registers, bits, each)
                     self.registers += 1
-            elif space == "shared":
-                start = -(-self.shared_bytes // int(align)) * int(align)
-                self.known[name], self.shared_bytes = Imm(start), start + int(count or 1) * bits // 8
+            elif space in self.sizes:
+                start = -(-self.sizes[space] // int(align)) * int(align)
+                self.known[name], self.sizes[space] = Imm(start), start + int(count or 1) * bits // 8
             else:
                 data = np.zeros(int(count or 1), f"u{bits // 8}")
                 values = [int(word) for word in (initial or "").split(",") if word]
