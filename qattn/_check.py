@@ -52,10 +52,12 @@ def at_least(name: str, value: int, minimum: int) -> None:
 
 def number(name: str, value: Any, least: float | None = None) -> None:
     """Raise ValueError unless `value` is a number that float32 has room for, and reaches `least`."""
-    size: Any = abs(value) if isinstance(value, (int, float, np.integer, np.floating)) else math.nan
+    size: Any = abs(value) if isinstance(value, (int, float, np.integer)) else math.nan
+    if isinstance(value, np.floating):
+        size = abs(float(value))
     if not (size == 0 or _TINY <= size <= _HUGE) or (least is not None and value < least):
         more = "" if least is None else f", {least} or more"
-        raise ValueError(f"{name} is {value!r}; expected a finite number{more}, not beyond what float32 holds")
+        raise ValueError(f"{name} is {value!r}; expected a finite number{more}, as float32 has them")
 
 
 _TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -87,7 +89,7 @@ def finite(name: str, array: Any) -> None:
 
 def scores(name: str, array: Any) -> None:
     """Raise ValueError if a NumPy array of what is added to scores holds NaN, or what float32 has as infinity."""
-    wrong = ~(array <= _HUGE)
+    wrong = ~(array <= np.float64(_HUGE))
     if wrong.any():
         where = np.argwhere(wrong)[0]
         raise ValueError(

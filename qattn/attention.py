@@ -193,9 +193,10 @@ class AttentionWithRope(Watched):
         ValueError
             If there is one that is unknown, or has a wrong shape, dtype or format.  The layer is as it was.
         """
-        options: dict[str, Any] = {"has_bias": self.has_bias, "clip": self.clip_qkv}
-        options |= {"device": self.device, "precision": self.precision}
-        self._weights = take_weights(self.config, State(state, self._weight), self.linear_cls, **options)
+        self._weights = take_weights(
+            self.config, State(state, self._weight), self.linear_cls,
+            has_bias=self.has_bias, clip=self.clip_qkv, device=self.device, precision=self.precision,
+        )  # fmt: skip
         self.o_proj = self._weights.output
 
     @property

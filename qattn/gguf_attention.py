@@ -96,7 +96,10 @@ class GGUFQAttentionWithRope(AttentionWithRope):
             with open_gguf(model) as opened:
                 return cls.from_gguf(opened, layer, part=part, device=device, **options)
         config = describe(model, layer, part=part, context=max_length)
-        weights = _layer_weights(model, config)
+        try:
+            weights = _layer_weights(model, config)
+        except (ValueError, IndexError) as error:  # of an untrusted file
+            raise GGUFError(f"{model.path}, layer {layer}: {error.args[0]}") from None
         attention = cls.from_config(
             config,
             cache_dtype=cache_dtype,
@@ -108,7 +111,7 @@ class GGUFQAttentionWithRope(AttentionWithRope):
         )
         try:
             attention.load_state_dict(weights)
-        except (KeyError, ValueError) as error:  # of an untrusted file
+        except (KeyError, ValueError) as error:
             raise GGUFError(f"{model.path}, layer {layer}: {error.args[0]}") from None
         return attention
 

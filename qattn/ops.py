@@ -67,8 +67,8 @@ def matmul(
     Returns
     -------
     (..., rows) float32
-        A row's bits depend on that row of x alone, not on the number of threads or of other rows, but for whether
-        "fast" takes bfloat16.  A row with NaN or infinity gives NaN.
+        A row's bits depend on that row of x alone, not on the number of threads or of other rows; but for "fast",
+        which may take bfloat16 for many.  A row with NaN or infinity gives NaN (infinity also itself, from cuBLAS).
 
     Raises
     ------

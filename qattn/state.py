@@ -137,10 +137,12 @@ def of_layer(model: GGUFFile, config: AttentionConfig) -> dict[str, Any]:
 
 def _complete_fused(state: dict[str, Any], config: AttentionConfig) -> None:
     """What llama.cpp makes of a fused weight: biases may stand apart, and a layer without keys takes the first rows."""
+    if config.shares_cache_of is not None:
+        state["q_proj.weight"] = state.pop("qkv_proj.weight")[: config.num_attention_heads * config.head_dim]
+        for kind in ("scale", "input_scale"):
+            if f"qkv_proj.{kind}" in state:
+                state[f"q_proj.{kind}"] = state.pop(f"qkv_proj.{kind}")
+        return
     apart = [state.pop(f"{name}_proj.bias", None) for name in "qkv"]
     if "qkv_proj.bias" not in state and all(bias is not None for bias in apart):
         state["qkv_proj.bias"] = np.concatenate([np.asarray(bias) for bias in apart])
-    if config.shares_cache_of is not None:
-        state["q_proj.weight"] = state.pop("qkv_proj.weight")[: config.num_attention_heads * config.head_dim]
-        if "qkv_proj.scale" in state:
-            state["q_proj.scale"] = state.pop("qkv_proj.scale")

@@ -97,6 +97,9 @@ class Stream:
         launches, self.captured = self.captured or [], None
         return Graph(launches)
 
+    def is_capturing(self) -> bool:
+        return self.captured is not None
+
     def synchronize(self) -> None:
         if self.captured is not None:
             raise runtime.CUDARuntimeError("cudaErrorStreamCaptureUnsupported: a capture can't wait")
@@ -216,6 +219,7 @@ cuda = types.SimpleNamespace(
     get_elapsed_time=lambda start, end: 1e3 * (end.time - start.time),
     Device=Device,
     device=types.SimpleNamespace(get_cublas_handle=lambda: 7),
+    memory=types.SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {})),
     Stream=Stream,
     Graph=Graph,
     runtime=runtime,

@@ -224,6 +224,7 @@ def test_a_layer_without_keys_takes_the_first_rows_of_a_fused_weight(header, nam
     metadata |= {"attention.shared_kv_layers": 10, "rope.dimension_count": 16}
     metadata |= {f"attention.{name}_length": 16 for name in ("key", "value")}
     there = {"attn_qkv.weight": normal((128, 64)), "attn_output.weight": normal((64, 64), 1)}
+    there |= {"attn_qkv.input_scale": np.ones(1)}
     there |= {f"attn_{name}_norm.weight": normal(16, 2) for name in "qk"}
     tensors = {f"blk.{layer}.{name}": value for layer in (18, 19, 24) for name, value in there.items()}
     model, x = header(name, metadata, tensors), normal((5, 64), 3)

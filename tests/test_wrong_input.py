@@ -116,7 +116,9 @@ def test_attention_wants_finite_numbers():
     q = normal((5, 2, 8))
     for wrong, message in (
         ({"scale": np.nan}, "scale is nan; expected a finite number"),
-        ({"scale": 1e39}, "scale is 1e[+]39; expected a finite number, not beyond what float32 holds"),
+        ({"scale": np.float16(np.inf)}, "scale is .*inf.*; expected a finite number"),
+        ({"bias": np.full((5, 5), np.inf, np.float16)}, r"bias\[0, 0, 0\] is inf; scores need"),
+        ({"scale": 1e39}, "scale is 1e[+]39; expected a finite number, as float32 has them"),
         ({"softcap": 1e-46}, "softcap is 1e-46; expected a finite number"),
         ({"bias": np.full((5, 5), np.nan)}, r"bias\[0, 0, 0\] is nan; scores need finite numbers, or -inf"),
         ({"bias": np.full((5, 5), 1e39)}, r"bias\[0, 0, 0\] is 1e[+]39; scores need finite numbers"),
@@ -191,10 +193,13 @@ def test_a_mask_is_what_its_function_refers_to_when_it_is_made():
     def sees(query, key):
         return key <= query and table[query] == table[key]
 
-    before = qattn.attention(q, q, q, mask=masks.from_function(sees))
+    first = masks.from_function(sees)
+    before = qattn.attention(q, q, q, mask=first)
     table[5:] = 1
     after = qattn.attention(q, q, q, mask=masks.from_function(sees))
     assert np.array_equal(before[:5], after[:5]) and not np.array_equal(before[5:], after[5:])
+    places = np.arange(9)
+    assert np.array_equal(masks.visible(first, places, places), np.tri(9, dtype=bool))
 
 
 class Far(NamedTuple):

@@ -113,7 +113,7 @@ def _describe(metadata: Metadata, layer: int, part: Part | None) -> AttentionCon
         return _architectures[name](Layer(metadata, layer, _PREFIXES[part].format(layer)))
     except QattnError:
         raise
-    except ValueError as error:  # metadata that don't fit together
+    except (ValueError, ArithmeticError) as error:  # metadata that don't fit together
         raise GGUFError(f"{metadata.model.path}, layer {layer}: {error}") from None
 
 

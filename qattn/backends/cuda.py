@@ -1,4 +1,6 @@
-"""Operations on CuPy arrays, by the kernels of `qattn.cuda`.  Nothing here waits for the GPU."""
+"""Operations on CuPy arrays, by the kernels of `qattn.cuda`.  Nothing here waits for the GPU, but for
+`qattn.cuda.tuning`, which sees once for a size which way is the fastest.
+"""
 
 from __future__ import annotations
 

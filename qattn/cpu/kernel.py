@@ -93,8 +93,8 @@ class Kernel:
                 thunk = compiled(kept, self._kept, forceinline=False)(_thunk(self._body, given))
                 thunk.compile(_THUNK)
                 self.thunks[given] = thunk
-        made = self.thunks[given].overloads[_THUNK]
-        return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
+            made = self.thunks[given].overloads[_THUNK]
+            return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
 
 def kernel(key: str = "", *, kept: bool = True, stable: bool = True) -> Callable[[Callable[..., None]], Kernel]:

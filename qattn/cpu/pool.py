@@ -29,16 +29,18 @@ from numba.np.arrayobj import populate_array
 from qattn.cpu._jit import compiled
 from qattn.cpu.atomics import exchange, pause, read, write
 
-# What stands on a desk: how it is with the helper, the addresses and sizes of the arrays, and how it was before the
-# offer, which it is again if that is withdrawn.  A helper that was idle for long sleeps until its bell rings.  To ring
-# once more does no harm, and whoever was not woken is still asleep: so an interrupt of Python, which may come anywhere
-# but in compiled code, leaves nothing half done.
-_STATE, _CALLS, _COUNT, _SHARED, _THREADS, _BEFORE = range(6)
-_IDLE, _ASLEEP, _OFFERED, _TAKEN, _LEAVING = range(5)
+# What stands on a desk: how it is with the helper, whether there is one, the addresses and sizes of the arrays, and how
+# it was before the offer.  A helper that was idle for long sleeps until it is called and its bell rings; then it looks
+# out for longer.  An offer that is withdrawn leaves one that was asleep asleep, for all that is known: if it is awake,
+# it is idle.  To ring once more does no harm, nor to hire for a desk that is taken, and whoever was not woken is still
+# asleep or called: so an interrupt of Python, which may come anywhere but in compiled code, leaves nothing half done.
+_STATE, _OWNED, _CALLS, _COUNT, _SHARED, _THREADS, _BEFORE = range(7)
+_IDLE, _ASLEEP, _CALLED, _OFFERED, _TAKEN, _LEAVING = range(6)
 _ROW = 16  # int64 of a desk: no two are written in one cache line
 CALL = 5  # int64 of a call: see `qattn.cpu.kernel`
 LINE = 8  # int64 in a cache line, which two counters had better not share
 _LOOKS = 1 << 16  # before a helper sleeps: a millisecond or two, longer than Python takes between two tokens
+_PATIENCE = 1 << 22  # before one that was called does: who has called it may have to wait for a core
 
 
 class Pool:
@@ -55,47 +57,53 @@ class Pool:
         """Begin without helpers: those of a process are not its child's."""
         self._gate = np.zeros(LINE, np.int64)
         """1 while there is work that helpers are asked for."""
-        self._hiring = threading.Lock()
-        self._desks = np.zeros((max(1, numba.config.NUMBA_NUM_THREADS - 1), _ROW), np.int64)
-        self._bells: list[threading.Lock] = []
-        self._helpers: list[threading.Thread] = []
+        count = max(1, numba.config.NUMBA_NUM_THREADS - 1)
+        self._desks = np.zeros((count, _ROW), np.int64)
+        self._bells = [threading.Lock() for _ in range(count)]
+        for bell in self._bells:
+            bell.acquire()
+        self._helpers: dict[int, threading.Thread] = {}
 
     def run(self, calls: np.ndarray, state: np.ndarray) -> bool:
         """Do the work with as many threads as `state` has room for → False, and nothing, if another is being helped."""
         desks = self._desks[: state.shape[1] - 2]
-        if len(self._helpers) < len(desks):
-            with self._hiring:
-                while len(self._helpers) < len(desks):
-                    self._hire()
-        for i, now in enumerate(desks[:, _STATE].tolist()):
-            if now == _ASLEEP:
+        for i, (now, owned) in enumerate(desks[:, : _OWNED + 1].tolist()):
+            if not owned:
+                self._hire(i)
+            elif now in (_ASLEEP, _CALLED):
+                _call(desks[i])
                 _ring(self._bells[i])
         return bool(self._lead(self._gate, desks, calls, state))
 
-    def _hire(self) -> None:
-        number, bell = len(self._helpers), threading.Lock()
-        bell.acquire()
-        if number == 0:
-            self._serve(np.full(_ROW, _LEAVING), 0)  # compiled here, so that no helper comes late by that
-        helper = threading.Thread(target=self._help, args=(number, bell), name=f"qattn-{number + 1}", daemon=True)
-        self._bells.append(bell)
-        self._helpers.append(helper)
-        with contextlib.suppress(RuntimeError):  # where the system allows no more threads, there is less help
-            helper.start()
+    def _hire(self, number: int) -> None:
+        desk, bell, helpers, serve = self._desks[number], self._bells[number], self._helpers, self._serve
+        if not helpers:
+            self._prepare()
 
-    def _help(self, number: int, bell: threading.Lock) -> None:
-        desk, serve = self._desks[number], self._serve
-        while serve(desk, number + 1):
-            bell.acquire()
+        def help_out() -> None:
+            if _own(desk):
+                helpers[number] = threading.current_thread()
+                while serve(desk, number + 1):
+                    bell.acquire()
+
+        with contextlib.suppress(RuntimeError):  # where the system allows no more threads, there is less help
+            threading.Thread(target=help_out, name=f"qattn-{number + 1}", daemon=True).start()
+
+    def _prepare(self) -> None:
+        """Compile what helpers run, so that none comes late, and what calls them, so that none sleeps by then."""
+        nobodys, closed = np.full(_ROW, _LEAVING), np.ones(LINE, np.int64)
+        if not _own(nobodys) and not _call(nobodys):
+            self._serve(nobodys, 0)
+        self._lead(closed, self._desks[:0], np.empty((0, CALL), np.int64), np.zeros((1, 2, LINE), np.int64))
 
     def _dismiss(self) -> None:
         """Let helpers end before the process does, and with it what they run.  From then on there is no help."""
-        _close(self._gate)
-        for desk, bell, helper in zip(self._desks, self._bells, self._helpers, strict=False):
-            if helper.is_alive():
-                _leave(desk)
-                _ring(bell)
-                helper.join()
+        if self._helpers:
+            _close(self._gate)
+        for number, helper in self._helpers.items():
+            _leave(self._desks[number])
+            _ring(self._bells[number])
+            helper.join()
 
 
 def _ring(bell: threading.Lock) -> None:
@@ -122,6 +130,18 @@ def _array_at(typing_context: Any, address: Any, shape: Any) -> Any:
 
 
 @compiled(_nrt=False)
+def _own(desk):  # type: ignore[no-untyped-def]
+    """Make a desk one's own → whether it was nobody's."""
+    return exchange(desk[_OWNED:], 0, 1)
+
+
+@compiled(_nrt=False)
+def _call(desk):  # type: ignore[no-untyped-def]
+    """Tell a helper that sleeps that there will be an offer → whether it did."""
+    return exchange(desk, _ASLEEP, _CALLED)
+
+
+@compiled(_nrt=False)
 def _close(gate):  # type: ignore[no-untyped-def]
     """Wait until there is no work, and let none begin."""
     while not exchange(gate, 0, 1):
@@ -131,7 +151,9 @@ def _close(gate):  # type: ignore[no-untyped-def]
 @compiled(_nrt=False)
 def _leave(desk):  # type: ignore[no-untyped-def]
     """Tell a helper, which has no work, that there will be no more."""
-    while not (exchange(desk, _IDLE, _LEAVING) or exchange(desk, _ASLEEP, _LEAVING)):
+    while not (
+        exchange(desk, _IDLE, _LEAVING) or exchange(desk, _ASLEEP, _LEAVING) or exchange(desk, _CALLED, _LEAVING)
+    ):
         pause()
 
 
@@ -149,11 +171,14 @@ def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
                 work(calls, _array_at(desk[_SHARED], (desk[_COUNT] + 1, desk[_THREADS], LINE)), me)
                 write(desk, _IDLE)
                 looks = 0
-            elif state == _ASLEEP:  # called for an offer that was withdrawn
-                _ = exchange(desk, _ASLEEP, _IDLE)
+            elif state == _ASLEEP:  # the offer was withdrawn
+                if exchange(desk, _ASLEEP, _IDLE):
+                    looks = 0
             elif state == _LEAVING:
                 return False
-            elif looks >= _LOOKS and exchange(desk, _IDLE, _ASLEEP):
+            elif (looks >= _LOOKS and exchange(desk, _IDLE, _ASLEEP)) or (
+                looks >= _PATIENCE and exchange(desk, _CALLED, _ASLEEP)
+            ):
                 return True
             pause()
             looks += 1
@@ -167,10 +192,11 @@ def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
             desk = desks[i]
             desk[_CALLS], desk[_COUNT] = calls.ctypes.data, calls.shape[0]
             desk[_SHARED], desk[_THREADS] = state.ctypes.data, state.shape[1]
-            for before in (_IDLE, _ASLEEP):
-                if exchange(desk, before, _OFFERED):
-                    desk[_BEFORE] = before
-                    break
+            desk[_BEFORE] = _ASLEEP
+            if exchange(desk, _CALLED, _OFFERED) or exchange(desk, _ASLEEP, _OFFERED):
+                continue
+            desk[_BEFORE] = _IDLE
+            _ = exchange(desk, _IDLE, _OFFERED)
         work(calls, state, 0)
         for i in range(desks.shape[0]):
             if not exchange(desks[i], _OFFERED, desks[i, _BEFORE]):

@@ -57,13 +57,21 @@ def scratch(purpose: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if is_recording() or size > _LIMIT:
         return aligned(size).view(dtype).reshape(shape)
-    memory, lines = _kept.memory.get(purpose, _NOTHING)
-    if lines.nbytes < size or sys.getrefcount(memory) > _UNUSED:
-        memory = np.empty(size + 63, np.uint8)
-        lines = from_a_line_on(memory)
-        _kept.memory[purpose] = memory, lines
-    return lines[:size].view(dtype).reshape(shape)
+    kept = _kept.memory.get(purpose, _NOTHING)
+    if kept[1].nbytes < size or _references(kept) > _UNUSED:
+        kept = _kept.memory[purpose] = _made(size)
+    return kept[1][:size].view(dtype).reshape(shape)
 
 
-_NOTHING = (np.empty(0, np.uint8),) * 2
-_UNUSED = 4  # references to memory: what is kept of it has two, `scratch` one, and the question one
+def _made(size: int) -> tuple[np.ndarray, np.ndarray]:
+    memory = np.empty(size + 63, np.uint8)
+    return memory, from_a_line_on(memory)
+
+
+def _references(kept: tuple[np.ndarray, np.ndarray]) -> int:
+    memory, _ = kept
+    return sys.getrefcount(memory)
+
+
+_NOTHING = _made(0)
+_UNUSED = _references(_NOTHING)  # of memory that nobody has

@@ -289,7 +289,7 @@ class SequenceCache(CacheBase):
                     f"those from {needed} on"
                 )
             if start % self._layout.step:
-                raise CacheError(f"what was saved begins at token {start}, which no cache of this device can do")
+                raise CacheError(f"what was saved begins at token {start}, where no cache on this device can begin")
         self._replace(targets, starts, lengths)
         for target, saved in zip(targets, sequences, strict=True):
             if type(layout) is type(self._layout):

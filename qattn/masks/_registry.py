@@ -9,7 +9,7 @@ import operator
 import pkgutil
 from collections import namedtuple
 from collections.abc import Callable
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -134,8 +134,8 @@ def from_function(
 
     Notes
     -----
-    What a function refers to, beside its arguments, is what it is now: compiled code doesn't see it change.  On a CPU,
-    an index outside an array is an IndexError, of negative ones too; on a GPU nobody looks.
+    What a function refers to, beside its arguments, is what it is now, whatever becomes of it.  On a CPU, an index
+    outside an array is an IndexError; on a GPU nobody looks.
 
     Examples
     --------
@@ -154,15 +154,33 @@ def from_function(
         raise TypeError(f"sees(0, 0) is {answer!r}; expected a truth value")
     if not isinstance(limits, tuple) or [isinstance(each, (int, np.integer)) for each in limits] != [True, True]:
         raise TypeError(f"bounds(0, 1) is {limits!r}; expected two integers: the first key, and the end")
+    seen, limited = _frozen(sees), _frozen(bounds or _all_keys)
     members = {
         "__doc__": f"The mask of {sees.__qualname__}.",
         "__module__": sees.__module__ or "__main__",  # code that was run by exec has none
         "__qualname__": name,
-        "sees": staticmethod(sees),
-        "bounds": staticmethod(bounds or _all_keys),
+        "sees": staticmethod(seen),
+        "bounds": staticmethod(limited),
     }
     made: Mask = type("FunctionMask", (namedtuple("FunctionMask", ()),), members)()  # type: ignore[misc]
     _made[sees.__module__, name] = made
+    return made
+
+
+def _frozen(function: Any) -> Any:
+    """The function over copies of the arrays that it refers to, and what its globals are now."""
+    if not isinstance(function, FunctionType):  # a compiled one
+        return function
+
+    def now(value: Any) -> Any:
+        return value.copy() if isinstance(value, np.ndarray) else value
+
+    scope = {name: now(value) for name, value in function.__globals__.items()}
+    cells = tuple(CellType(now(cell.cell_contents)) for cell in function.__closure__ or ())
+    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__, made.__qualname__, made.__module__ = (
+        function.__kwdefaults__, function.__qualname__, function.__module__,
+    )  # fmt: skip
     return made
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import threading
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -139,8 +138,7 @@ class RotaryEmbedding:
         """
         there = self._tables.get(device)
         if there is None or len(there[0]) < positions:
-            with _growing:
-                there = self._grown(positions, device)
+            there = self._grown(positions, device)
         return there
 
     def rotation(self, positions: int, device: str = "cpu") -> Rotation:
@@ -175,17 +173,19 @@ class RotaryEmbedding:
         return Rotation(cos, sin, self.neox), np.arange(len(angles))
 
     def _grown(self, positions: int, device: str) -> tuple[Any, Any]:
-        """The table, after it has grown where it has to; one thread at a time."""
-        cos, sin = self._tables["cpu"]
+        """The table, after it has grown where it has to; what another thread makes meanwhile may be made once more."""
+        tables = dict(self._tables)
+        cos, sin = tables["cpu"]
         have = len(cos)
         if positions > have:
             more = np.arange(have, max(positions, 2 * have, 256), dtype=np.float64)
             new = _cos_sin(np.outer(more, self._text_frequencies), self.attention_factor)
             cos, sin = (np.concatenate(pair) for pair in zip((cos, sin), new, strict=True))
-            self._tables = {"cpu": (cos, sin)}
-        if device not in self._tables:
-            self._tables[device] = (devices.asarray(cos, device), devices.asarray(sin, device))
-        return self._tables[device]
+            tables = {"cpu": (cos, sin)}
+        if device not in tables:
+            tables[device] = (devices.asarray(cos, device), devices.asarray(sin, device))
+        self._tables = tables
+        return tables[device]
 
     def __repr__(self) -> str:
         scale = f", scale={self.scale:g}" if self.scale != 1 else ""
@@ -197,7 +197,6 @@ class RotaryEmbedding:
         )
 
 
-_growing = threading.Lock()
 _MOST_DIMS = 1 << 16  # far more than heads have
 _LONGEST = 1 << 18  # positions of a table for all up to the largest: 128 MB for pairs of 128 elements
 

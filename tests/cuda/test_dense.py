@@ -70,11 +70,31 @@ def test_the_fastest_is_found_once(cublas, monkeypatch):
     assert called.count("slow") == 2
 
 
+def test_what_finds_no_memory_is_left(cublas, monkeypatch):
+    called, two = ways(monkeypatch, {"small": 3.0, "large": 1.0})
+
+    def too_large():
+        raise cublas.cuda.memory.OutOfMemoryError
+
+    tuning.run_fastest("key", {"small": two["small"], "large": too_large})
+    assert called[-1] == "small" and list(tuning._known.values()) == ["small"]
+    tuning._known.clear()
+    tuning.run_fastest("key", two)
+    assert list(tuning._known.values()) == ["large"]
+    tuning.run_fastest("key", {"small": two["small"], "large": too_large})
+    assert called[-1] == "small" and list(tuning._known.values()) == ["small"]
+
+
 def test_nothing_is_measured_while_kernels_are_recorded(cublas, monkeypatch):
     called, two = ways(monkeypatch, {"slow": 3.0, "fast": 1.0})
     with cuda.Program().recording():
         tuning.run_fastest("key", two)
-    assert called == ["slow"] and not tuning._known
+    stream = cublas.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        tuning.run_fastest("key", two)
+        stream.end_capture()
+    assert called == ["slow", "slow"] and not tuning._known
 
 
 def test_many_tokens_take_the_faster_way(cublas, monkeypatch):
