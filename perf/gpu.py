@@ -2,8 +2,9 @@
 
 First the GPU's own limits: copying within its memory (bytes read and written), and cuBLAS in float16.  Then, in Llama 3
 8B's shape: dequantization to float16, by format; projections of one token, over weights in rotation that exceed every
-cache, and of 4096 tokens; attention of one token for each of 8 sequences behind 32768 others, and of 8192 tokens; and a
-whole layer's step for one token, replayed from a CUDA graph.  Times are medians between CUDA events.
+cache, and of 4096 tokens, by the kernels ("int8") and by cuBLAS where that is faster ("fast"); attention of one token
+for each of 8 sequences behind 32768 others, and of 8192 tokens; and a whole layer's step for one token, replayed from a
+CUDA graph.  Times are medians between CUDA events.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qattn import _check
 from qattn.errors import DeviceError
 
 # The device numbers of DLPack that name memory which the CPU can read: kDLCPU, kDLCUDAHost, kDLROCMHost.
@@ -65,7 +66,7 @@ def as_float32(x: Any) -> Any:
     ValueError
         It holds complex numbers, or no numbers at all.
     """
-    if x.dtype.kind not in "fiub":
+    if not _check.is_real(x):
         raise ValueError(f"an array has dtype {x.dtype}; expected floats")
     xp = namespace(x)
     values = xp.ascontiguousarray(x, np.float32)

@@ -72,27 +72,30 @@ def positions(name: str, array: Any) -> None:
         raise ValueError(f"{name} have dtype {array.dtype}; expected integers")
     low, high = array.min(initial=0), array.max(initial=0)
     if low < 0 or high > MAX_POSITION:
-        worst = low if low < 0 else high
-        where = ", ".join(map(str, np.argwhere(array == worst)[0])) if array.ndim else ""
-        which = f"{name}[{where}] is" if where else f"{name} are"
-        raise ValueError(f"{which} {worst}; a position is at least 0, and at most {MAX_POSITION}")
+        worst = _first(name, array, array == (low if low < 0 else high))
+        raise ValueError(f"{worst}; a position is at least 0, and at most {MAX_POSITION}")
+
+
+def is_real(array: Any) -> bool:
+    """Whether an array holds real numbers."""
+    return array.dtype.kind in "fiub"
 
 
 def finite(name: str, array: Any) -> None:
     """Raise ValueError if a NumPy array of floats holds NaN or infinity."""
     if not np.isfinite(array).all():
-        where = np.argwhere(~np.isfinite(array))[0]
-        raise ValueError(
-            f"{name}[{', '.join(map(str, where))}] is {array[tuple(where)]}; attention needs finite numbers"
-        )
+        raise ValueError(f"{_first(name, array, ~np.isfinite(array))}; attention needs finite numbers")
 
 
 def scores(name: str, array: Any) -> None:
     """Raise ValueError if a NumPy array of what is added to scores holds NaN, or what float32 has as infinity."""
     wrong = ~(array <= np.float64(_HUGE))
     if wrong.any():
-        where = np.argwhere(wrong)[0]
-        raise ValueError(
-            f"{name}[{', '.join(map(str, where))}] is {array[tuple(where)]}; scores need finite numbers, or -inf "
-            "for keys that are not seen"
-        )
+        reason = "scores need finite numbers, or -inf for keys that are not seen"
+        raise ValueError(f"{_first(name, array, wrong)}; {reason}")
+
+
+def _first(name: str, array: Any, wrong: Any) -> str:
+    """The first element of a NumPy array that is wrong: ``x[3, 7] is nan``; ``x are -1`` for a single number."""
+    where = tuple(np.argwhere(wrong)[0].tolist())
+    return f"{name}[{', '.join(map(str, where))}] is {array[where]}" if where else f"{name} are {array}"

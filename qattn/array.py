@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from qattn import devices, formats
+from qattn import _check, devices, formats
 from qattn._backend import as_array, as_numpy, device_of, namespace
 from qattn._index import as_slice, check_bounds, row_keys
 from qattn.errors import DeviceError, FormatError
@@ -315,7 +315,7 @@ def _product(x: Any, w: Any, out: Any = None) -> Any:
 def _operand(x: Any, name: str) -> Array:
     """Return a factor as a NumPy array of floats."""
     values = _dequantized(x) if isinstance(x, (QuantArray, Transposed)) else as_array(x, name)
-    if values.dtype.kind not in "fiub":
+    if not _check.is_real(values):
         raise TypeError(f"{name} has dtype {values.dtype}; quantized weights are multiplied by floats")
     return values.astype(np.float32) if values.dtype.kind in "biu" else values
 
@@ -376,7 +376,7 @@ def _quantized(x: Any) -> QuantArray:
     if isinstance(x, QuantArray):
         return x
     values = np.atleast_1d(as_numpy(x))
-    if values.dtype.kind not in "fiub":
+    if not _check.is_real(values):
         raise TypeError(f"an array of {values.dtype} can't stand beside quantized rows; expected floats")
     name = {"float16": "F16", "float64": "F64"}.get(values.dtype.name, "F32")
     dtype = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[name]

@@ -365,7 +365,10 @@ class AttentionWithRope(Watched):
         return self.rope.rotation(positions, self.device)
 
     def _rotation_at(self, positions: Any, tokens: int) -> tuple[Rotation, Array]:
-        """The angles of tokens at these positions: a table, and a row of it for each token."""
+        """The angles of tokens at these positions: a table, and a row of it for each token.
+
+        Temperatures go by the same rows, which then have to be positions.
+        """
         if self.rope is not None and self.config.temperature is None:
             return self.rope.rotation_at(positions, self.device)
         angles = ops.token_positions(positions, tokens)

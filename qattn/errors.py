@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 
 class QattnError(Exception):
     """The base of every error that qattn defines."""
@@ -33,3 +37,14 @@ class MissingExtraError(QattnError, ImportError):
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         return MissingExtraError, (self.extra, self.package)
+
+
+@contextlib.contextmanager
+def of_file(path: Any, layer: int) -> Iterator[None]:
+    """Errors about values that come from a file, and not from the caller, say so: they become GGUFErrors."""
+    try:
+        yield
+    except QattnError:
+        raise
+    except (ValueError, KeyError, IndexError, ArithmeticError) as error:
+        raise GGUFError(f"{path}, layer {layer}: {error.args[0]}") from None

@@ -12,7 +12,7 @@ from qattn._backend import as_numpy
 from qattn.architectures import AttentionConfig, describe
 from qattn.array import QuantArray
 from qattn.attention import AttentionWithRope
-from qattn.errors import GGUFError
+from qattn.errors import GGUFError, of_file
 from qattn.gguf_file import GGUFFile
 from qattn.gguf_file import open as open_gguf
 from qattn.state import of_layer
@@ -96,10 +96,8 @@ class GGUFQAttentionWithRope(AttentionWithRope):
             with open_gguf(model) as opened:
                 return cls.from_gguf(opened, layer, part=part, device=device, **options)
         config = describe(model, layer, part=part, context=max_length)
-        try:
+        with of_file(model.path, layer):
             weights = _layer_weights(model, config)
-        except (ValueError, IndexError) as error:  # of an untrusted file
-            raise GGUFError(f"{model.path}, layer {layer}: {error.args[0]}") from None
         attention = cls.from_config(
             config,
             cache_dtype=cache_dtype,
@@ -109,10 +107,8 @@ class GGUFQAttentionWithRope(AttentionWithRope):
             has_bias=any(name.endswith("_proj.bias") for name in weights),
             precision=precision,
         )
-        try:
+        with of_file(model.path, layer):
             attention.load_state_dict(weights)
-        except (KeyError, ValueError) as error:
-            raise GGUFError(f"{model.path}, layer {layer}: {error.args[0]}") from None
         return attention
 
 

@@ -89,8 +89,10 @@ class Layer:
 
         def of(index: int) -> bool:
             beyond = index >= self.layers
-            if listed is not None:  # most writers leave out the layers that predict further tokens
-                return bool((not beyond or index < len(listed)) and self.m.integer(name, layer=index, least=0))
+            if listed is not None and beyond and index >= len(listed):  # most writers leave these layers out
+                return False
+            if listed is not None:
+                return bool(self.m.integer(name, layer=index, least=0))
             if not period or beyond:
                 return not beyond
             return index % period != 0 if dense_first else index % period < period - 1

@@ -13,7 +13,7 @@ from typing import Literal
 from qattn.architectures._config import AttentionConfig
 from qattn.architectures._layer import Layer, NoAttention
 from qattn.architectures._metadata import Metadata as Metadata
-from qattn.errors import GGUFError, QattnError
+from qattn.errors import of_file
 from qattn.gguf_file import GGUFFile
 
 Part = Literal["encoder", "decoder", "cross"]
@@ -109,12 +109,8 @@ def _describe(metadata: Metadata, layer: int, part: Part | None) -> AttentionCon
     layers = metadata.integer(counted, None if counted == "block_count" else metadata.integer("block_count"))
     if not isinstance(layer, numbers.Integral) or not 0 <= layer < layers:
         raise ValueError(f"layer is {layer!r}; the model has layers 0 to {layers - 1}")
-    try:
+    with of_file(metadata.model.path, layer):
         return _architectures[name](Layer(metadata, layer, _PREFIXES[part].format(layer)))
-    except QattnError:
-        raise
-    except (ValueError, ArithmeticError) as error:  # metadata that don't fit together
-        raise GGUFError(f"{metadata.model.path}, layer {layer}: {error}") from None
 
 
 _PREFIXES = {None: "blk.{}.", "encoder": "enc.blk.{}.", "decoder": "dec.blk.{}.", "cross": "dec.blk.{}.cross_"}

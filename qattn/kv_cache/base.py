@@ -207,7 +207,7 @@ class CacheBase(Watched, abc.ABC):
         _check.shape("keys", keys, ("tokens", self.params.n_kv_heads, self.params.head_dim))
         _check.shape("values", values, (len(keys), self.params.n_kv_heads, self.params.values))
         for array, name in ((keys, "keys"), (values, "values")):
-            if array.dtype.kind not in "fiub":
+            if not _check.is_real(array):
                 raise ValueError(f"{name} have dtype {array.dtype}; expected floats")
             _check.finite(name, array)
         if positions is not None:

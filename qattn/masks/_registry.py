@@ -110,9 +110,7 @@ def get(mask: str | MHAMaskVariant | Mask, window: int | None = None) -> Mask:
     if window is None:
         return _masks[name]()  # type: ignore[no-any-return]
     _check.at_least("window", window, 1)
-    if window > _check.MAX_POSITION + 1:
-        window = _check.MAX_POSITION + 1  # which no sequence reaches
-    return _masks[name](operator.index(window))  # type: ignore[no-any-return]
+    return _masks[name](min(operator.index(window), _check.MAX_POSITION + 1))  # type: ignore[no-any-return]
 
 
 def from_function(

@@ -198,7 +198,7 @@ class RotaryEmbedding:
 
 
 _MOST_DIMS = 1 << 16  # far more than heads have
-_LONGEST = 1 << 18  # positions of a table for all up to the largest: 128 MB for pairs of 128 elements
+_LONGEST = 1 << 18  # positions of a table for all up to the largest: 128 MB for heads of 128
 
 
 shared = functools.lru_cache(maxsize=16)(RotaryEmbedding)
