@@ -100,7 +100,7 @@ class Pool:
         """Let helpers end before the process does, and with it what they run.  From then on there is no help."""
         if self._helpers:
             _close(self._gate)
-        for number, helper in self._helpers.items():
+        for number, helper in list(self._helpers.items()):  # one may just be coming
             _leave(self._desks[number])
             _ring(self._bells[number])
             helper.join()
