@@ -16,6 +16,7 @@ from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.devices import only as single_device
 from qattn.errors import CacheError, DeviceError
+from qattn.head_steps import HeadNorm
 from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache, cascading
 from qattn.latent import LatentProjection
 from qattn.layer_weights import LayerWeights
@@ -296,10 +297,9 @@ class AttentionWithRope(Watched):
         lengths = cache.lengths + np.diff(offsets) if appends else cache.lengths.copy()
         if self.config.shares_cache_of is not None and (lengths < np.diff(offsets)).any():
             raise CacheError(f"kv_cache has {cache.lengths.tolist()} tokens; the layer it shares must have added x's")
-        batch = Batch.appended(np.maximum(lengths, np.diff(offsets)), offsets)
-        given = None if positions is None else ops.token_positions(positions, len(x), self.rope)
-        at = cache.positions_at(batch.slots, batch.places) if given is None else given
-        rotation, angles = self._rotation_at(at, len(x))
+        if self.config.cross and positions is None and (self.rope or self.config.temperature):
+            raise ValueError("positions of x's tokens are needed: the cache tells those of another sequence alone")
+        batch, at, rotation = self._placed(cache, np.maximum(lengths, np.diff(offsets)), offsets, positions)
         logits, chosen = self._loaded().logits, self.mask if mask is None or hasattr(mask, "dtype") else get_mask(mask)
         if hasattr(mask, "dtype"):
             shape = (len(x), self.num_attention_heads, int(lengths.max(initial=0)))
@@ -308,28 +308,38 @@ class AttentionWithRope(Watched):
         if appends:
             cache.reserve(lengths)
         with devices.current(self.device), cache.appending(lengths, offsets):
-            there = batch._replace(angles=angles).to(self.device)
-            out = self.forward(x, cache, there, rotation, logits, probe, chosen)
-        cache.note(lengths, given if appends else None, offsets)
+            out = self.forward(x, cache, batch.to(self.device), rotation, logits, probe, chosen)
+        cache.note(lengths, None if positions is None or not appends else at, offsets)
         return out if probe is None else probe.answer(out, return_lse, capture is not None, row_offsets is not None)
 
-    def remember(self, states: Any, *, kv_cache: SequenceCache | None = None, row_offsets: Any = None) -> None:
+    def remember(
+        self,
+        states: Any,
+        *,
+        kv_cache: SequenceCache | None = None,
+        row_offsets: Any = None,
+        positions: Any = None,
+    ) -> None:
         """Append keys and values of other sequences' states, (tokens, hidden_size): what cross attention looks at.
 
-        Sequence s of the cache gets those from row_offsets[s] to row_offsets[s + 1] - 1.
+        Sequence s of the cache gets those from row_offsets[s] to row_offsets[s + 1] - 1.  `positions` are as in a call.
 
         Raises
         ------
         ValueError
             If this is no layer of cross attention, or the shape is wrong.
         """
-        memory = self._loaded().memory
-        if memory is None:
+        w = self._loaded()
+        if w.memory is None:
             raise ValueError("the layer attends to its own input, not to another sequence: call it")
         cache = self.kv_cache if kv_cache is None else kv_cache
         states, offsets = self._check_input(states, cache, row_offsets)
+        batch, at, rotation = self._placed(cache, cache.lengths + np.diff(offsets), offsets, positions)
         with devices.current(self.device):
-            ops.store(memory(states), cache, offsets)
+            rows, there = w.memory(states), batch.to(self.device)
+            rotation = self._normalize(w.memory_norms, rows, self.num_key_value_heads, there, rotation)
+            ops.store(rows, cache, offsets, rotation, batch.angles)
+        cache.note(cache.lengths, None if positions is None else at, offsets)
 
     def forward(
         self,
@@ -351,7 +361,11 @@ class AttentionWithRope(Watched):
         w = self._loaded()
         probe, logits, mask = probe or self.probe, logits or w.logits, self.mask if mask is None else mask
         rows = w.projection(x)
-        rotation = self._prepare(w, rows, batch, rotation)
+        c, heat = self.config, rotation.heat
+        turning = sum(count for count, _ in heads_of(c)[:2])
+        rotation = self._normalize(w.norms, rows, turning, batch, rotation)
+        if heat is not None:
+            backends.of(rows).scale_tokens(rows, 0, c.num_attention_heads * c.head_dim, heat, batch.angles)
         merged = self._merge(w, self._attend(rows, cache, batch, rotation, logits, probe, mask), rows)
         out: Array = self.o_proj(merged)  # type: ignore[misc]
         if probe is not None:
@@ -359,20 +373,31 @@ class AttentionWithRope(Watched):
         return out
 
     def rotation(self, positions: int) -> Rotation:
-        """The angles of positions 0 … at least `positions` - 1."""
+        """What positions 0 … at least `positions` - 1 do to heads: angles, and temperatures."""
         if self.rope is None:
-            return Rotation.none(positions, self.device)
-        return self.rope.rotation(positions, self.device)
+            rotation = Rotation.none(positions, self.device)
+        else:
+            rotation = self.rope.rotation(positions, self.device)
+        heat = self._loaded().temperatures
+        return rotation if heat is None else rotation._replace(heat=heat.table(len(rotation.cos)))
 
-    def _rotation_at(self, positions: Any, tokens: int) -> tuple[Rotation, Array]:
-        """The angles of tokens at these positions: a table, and a row of it for each token.
-
-        Temperatures go by the same rows, which then have to be positions.
-        """
-        if self.rope is not None and self.config.temperature is None:
-            return self.rope.rotation_at(positions, self.device)
-        angles = ops.token_positions(positions, tokens)
-        return self.rotation(int(angles.max(initial=-1)) + 1), angles
+    def _placed(
+        self, cache: SequenceCache, lengths: Array, offsets: Array, positions: Any
+    ) -> tuple[Batch, Array, Rotation]:
+        """Tokens that are the last of sequences of these lengths: where they belong, their positions, and angles."""
+        batch, tokens, heat = Batch.appended(lengths, offsets), int(offsets[-1]), self._loaded().temperatures
+        if positions is None:
+            at = cache.positions_at(batch.slots, batch.places)
+        else:
+            at = ops.token_positions(positions, tokens, self.rope)
+        if self.rope is None:
+            rotation, rows = Rotation.none(tokens, self.device), np.arange(tokens)
+        else:
+            rotation, rows = self.rope.rotation_at(at, self.device)
+        if heat is not None:
+            latest = at if at.ndim == 1 else at.max(axis=0)
+            rotation = rotation._replace(heat=heat.table(len(rotation.cos)) if rows is at else heat.of(latest))
+        return batch._replace(angles=rows), at, rotation
 
     def _check_input(self, x: Any, cache: SequenceCache, row_offsets: Any) -> tuple[Array, Array]:
         self._loaded()
@@ -400,18 +425,15 @@ class AttentionWithRope(Watched):
         _check.shape("row_offsets", offsets, (cache.sequences + 1,))
         return x, offsets
 
-    def _prepare(self, w: LayerWeights, rows: Array, batch: Batch, rotation: Rotation) -> Rotation:
-        """Normalize heads, and heat queries, in place → the rotation that is left to do."""
-        c, backend = self.config, backends.of(rows)
-        if c.norm_after_rope:
-            heads = sum(count for count, _ in heads_of(c)[:2])
-            backend.rotate_heads(rows, heads, c.head_dim, rotation, batch.angles)
+    def _normalize(
+        self, norms: list[tuple[HeadNorm, int]], rows: Array, turning: int, batch: Batch, rotation: Rotation
+    ) -> Rotation:
+        """Normalize heads in place → the rotation that is left to do, of the first `turning` heads."""
+        if self.config.norm_after_rope:
+            backends.of(rows).rotate_heads(rows, turning, self.config.head_dim, rotation, batch.angles)
             rotation = Rotation.none(len(rotation.cos), self.device)
-        for norm, first in w.norms:
+        for norm, first in norms:
             norm(rows, first)
-        if w.temperatures is not None:
-            table = w.temperatures.table(len(rotation.cos))
-            backend.scale_tokens(rows, 0, c.num_attention_heads * c.head_dim, table, batch.angles)
         return rotation
 
     def _attend(

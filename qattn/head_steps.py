@@ -46,11 +46,11 @@ class HeadNorm:
         backends.of(rows).norm_heads(rows, first, self._groups, self._size, self._weight, self._bias, epsilon, layer)
 
 
-def head_norms(c: AttentionConfig, state: State, device: str) -> list[tuple[HeadNorm, int]]:
-    """The norms of q, k and v that a layer has, each with its first column in projected rows."""
+def head_norms(c: AttentionConfig, state: State, parts: str, device: str) -> list[tuple[HeadNorm, int]]:
+    """The norms that a layer has of these parts of a row, "q", "kv" or "qkv", each with its first column there."""
     norms, first = [], 0
     for name, norm, (heads, size) in zip(
-        ("q_norm", "k_norm", "v_norm"), (c.q_norm, c.k_norm, c.v_norm), heads_of(c), strict=True
+        ("q_norm", "k_norm", "v_norm"), (c.q_norm, c.k_norm, c.v_norm), heads_of(c, parts), strict=True
     ):
         if norm is not None and heads:
             norms.append((HeadNorm(norm, name, state, heads, size, device), first))
@@ -84,7 +84,11 @@ class Temperatures:
     def table(self, positions: int) -> Any:
         """The factors of positions 0 … at least `positions` - 1, float32, on the device."""
         if positions > len(self._table):
-            length, scale, offset = self.temperature
-            steps = np.floor((np.arange(max(positions, 2 * len(self._table), 256)) + offset) / length)
-            self._table = devices.asarray((1 + scale * np.log1p(steps)).astype(np.float32), self._device)
+            self._table = self.of(np.arange(max(positions, 2 * len(self._table), 256)))
         return self._table
+
+    def of(self, positions: Array) -> Any:
+        """The factors of given positions, float32, on the device."""
+        length, scale, offset = self.temperature
+        steps = np.floor((positions + offset) / length)
+        return devices.asarray((1 + scale * np.log1p(steps)).astype(np.float32), self._device)

@@ -13,7 +13,7 @@ from qattn.latent import LatentProjection
 from qattn.linear import Linear
 from qattn.logits import Logits
 from qattn.packing import PackedMatrix
-from qattn.projection import Projection, stores
+from qattn.projection import Projection, parts_of
 from qattn.state import State
 
 
@@ -21,10 +21,11 @@ class LayerWeights(NamedTuple):
     """The steps of a layer that have weights, in their order."""
 
     projection: Projection | LatentProjection
-    memory: Projection | None
-    """Makes keys and values of another sequence's states, for cross attention."""
     norms: list[tuple[HeadNorm, int]]
     """Of heads of q, k and v, each with its first column in projected rows."""
+    memory: Projection | None
+    """Makes keys and values of another sequence's states, for cross attention."""
+    memory_norms: list[tuple[HeadNorm, int]]
     temperatures: Temperatures | None
     logits: Logits
     output_norm: HeadNorm | None
@@ -60,9 +61,10 @@ def take(
         projection = LatentProjection(c, state, device=device, precision=precision)
     else:
         options: dict[str, Any] = {"has_bias": has_bias, "clip": clip, "device": device, "precision": precision}
-        projection = Projection(c, state, "qkv" if stores(c) else "q", **options)
+        projection = Projection(c, state, parts_of(c), **options)
         memory = Projection(c, state, "kv", **options) if c.cross else None
-    norms = head_norms(c, state, device)
+    norms = head_norms(c, state, parts_of(c), device)
+    memory_norms = head_norms(c, state, "kv", device) if c.cross else []
     inner = c.num_attention_heads * (c.value_dim if c.latent is None else c.latent.value_dim)
     output_norm = None
     if c.output_norm is not None:
@@ -78,4 +80,6 @@ def take(
     state.end()
     wo = PackedMatrix(weights).to(device) if linear_cls is Linear else weights
     output, nbytes = linear_cls(wo, bias, precision=precision), projection.nbytes + wo.nbytes
-    return LayerWeights(projection, memory, norms, temperatures, logits, output_norm, output_factor, output, nbytes)
+    return LayerWeights(
+        projection, norms, memory, memory_norms, temperatures, logits, output_norm, output_factor, output, nbytes
+    )

@@ -84,11 +84,11 @@ def affine(
     bias: Array | None,
     *,
     factor: Array | None = None,
-    limit: float | None = None,
+    limit: Array | None = None,
     out: Array | None = None,
     precision: Precision = "fast",
 ) -> Array:
-    """clamp(x @ matrix.T · factor + bias, -limit, limit), as in `matmul`; factor and bias (rows,) float32."""
+    """clamp(x @ matrix.T · factor + bias, -limit, limit), as in `matmul`; the latter three (rows,) float32."""
     _check.choice("precision", precision, PRECISIONS)
     x = as_array(x, "x")
     same_device(x, matrix.device, "the weights are")
@@ -187,18 +187,22 @@ def token_positions(positions: Any, tokens: int, rotary: RotaryEmbedding | None 
     return positions
 
 
-def store(kv: Array, cache: SequenceCache, row_offsets: Array | None = None) -> None:
-    """Append keys and values, (tokens, n_kv_heads · (head_dim + value_dim)) float32, to a cache, as they are.
+def store(
+    kv: Array, cache: SequenceCache, row_offsets: Array, rotation: Rotation | None = None, angles: Array | None = None
+) -> None:
+    """Append keys and values, (tokens, n_kv_heads · (head_dim + value_dim)) float32, to a cache.
 
-    row_offsets : (sequences + 1,) int64, whose tokens they are; not needed for a cache of one sequence
+    row_offsets : (sequences + 1,) int64, whose tokens they are
+    rotation, angles : what keys turn by, and (tokens,) int64, its rows for them; they stay as they are without
     """
-    xp, count = namespace(kv), len(kv)
-    offsets = np.array([0, count]) if row_offsets is None else row_offsets
-    lengths = cache.lengths + np.diff(offsets)
+    xp, count, lengths = namespace(kv), len(kv), cache.lengths + np.diff(row_offsets)
     cache.reserve(lengths)
-    batch = Batch.appended(lengths, offsets)._replace(angles=np.zeros(count, np.int64))
-    rotation, q = Rotation.none(1, cache.device), xp.empty((count, 0, cache.params.head_dim), np.float32)
-    backends.of(kv).rotate_and_store(kv, rotation, batch.to(cache.device), cache, q)
+    if rotation is None or angles is None:
+        rotation, angles = Rotation.none(1, cache.device), np.zeros(count, np.int64)
+    batch = Batch.appended(lengths, row_offsets)._replace(angles=angles).to(cache.device)
+    no_queries = xp.empty((count, 0, cache.params.head_dim), np.float32)
+    with cache.appending(lengths, row_offsets):
+        backends.of(kv).rotate_and_store(kv, rotation, batch, cache, no_queries)
     cache.note(lengths)
 
 

@@ -111,16 +111,6 @@ class PackedMatrix:
         """Whether the rows of each of so many heads are tiles of their own."""
         return len(self.parts) == 1 and self.shape[0] % (heads * LANES) == 0
 
-    def head(self, number: int, heads: int) -> PackedMatrix:
-        """A view of the rows of one of so many heads, into which they are `divisible`."""
-        ((fmt, layout, packed),), view = self.parts, copy.copy(self)
-        rows, tiles = self.shape[0] // heads, len(packed.codes) // heads
-        mine = slice(number * tiles, (number + 1) * tiles)
-        arrays = {name: getattr(packed, name)[mine] for name in Packed._fields[:5]}
-        view.shape = rows, self.shape[1]
-        view.parts = (Part(fmt, layout, packed._replace(**arrays, targets=packed.targets[:rows], rows=rows)),)
-        return view
-
     def __repr__(self) -> str:
         where = "" if self.device == "cpu" else f", device={self.device!r}"
         return f"PackedMatrix(shape={self.shape}, format={self.format!r}, {self.nbytes / 1e6:.1f} MB{where})"

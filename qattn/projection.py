@@ -41,8 +41,6 @@ class Projection:
         device: str,
         precision: ops.Precision,
     ) -> None:
-        if config.clamp_qkv is not None and config.gate is not None:
-            raise NotImplementedError("clamp_qkv beside a gate is not implemented: no architecture has both")
         self._config, self._parts, self._precision = config, parts, precision
         weights, factors, biases = [], [], []
         names = self._names(state)
@@ -59,6 +57,10 @@ class Projection:
         self.bias: Any = devices.asarray(bias, device) if has_bias else None
         """(outputs,) float32, or None."""
         self._factor: Any = devices.asarray(factor, device) if (factor != 1).any() else None
+        self._limit: Any = None
+        if config.clamp_qkv is not None:  # of the gate, which comes last, nothing is clamped
+            gated = np.arange(len(factor)) >= len(factor) - self._gate_rows(names)
+            self._limit = devices.asarray(np.where(gated, np.inf, config.clamp_qkv).astype(np.float32), device)
         self._packed = PackedMatrix(self.wqkv).to(device)
 
     def _names(self, state: State) -> dict[str, int]:
@@ -77,6 +79,13 @@ class Projection:
             per_head = state.rows("gate_proj") == c.num_attention_heads
             rows["gate_proj"] = c.num_attention_heads * (1 if per_head else c.value_dim)
         return rows
+
+    def _gate_rows(self, names: dict[str, int]) -> int:
+        """How many rows are those of the gate."""
+        c = self._config
+        if c.gate is not None and c.gate.interleaved and "q" in self._parts:
+            return c.num_attention_heads * c.head_dim
+        return names.get("gate_proj", 0)
 
     def _order(self, names: dict[str, int]) -> Array | None:
         """Which of the stacked rows are those of q, k, v and the gate, in this order; None: they are as they lie."""
@@ -105,10 +114,9 @@ class Projection:
 
     def __call__(self, x: Array) -> Array:
         """x (tokens, hidden_size) → (tokens, outputs) float32."""
-        backend, limit = backends.of(x), self._config.clamp_qkv
-        out = backend.scratch("qkv", (len(x), self.outputs))
-        factor, bias = self._factor, self.bias
-        return ops.affine(x, self._packed, bias, factor=factor, limit=limit, out=out, precision=self._precision)
+        out = backends.of(x).scratch("qkv", (len(x), self.outputs))
+        more: dict[str, Any] = {"factor": self._factor, "limit": self._limit, "precision": self._precision}
+        return ops.affine(x, self._packed, self.bias, out=out, **more)
 
 
 def stores(c: AttentionConfig) -> bool:
@@ -116,10 +124,17 @@ def stores(c: AttentionConfig) -> bool:
     return c.shares_cache_of is None and not c.cross
 
 
-def heads_of(c: AttentionConfig) -> list[tuple[int, int]]:
-    """Heads of q, k and v, and their sizes, in a row that the layer makes of x."""
-    kv_heads = c.num_key_value_heads if stores(c) else 0
-    return [(c.num_attention_heads, c.head_dim), (kv_heads, c.head_dim), (kv_heads, c.value_dim)]
+def parts_of(c: AttentionConfig) -> str:
+    """What the layer makes of x, by initials."""
+    return "qkv" if stores(c) else "q"
+
+
+def heads_of(c: AttentionConfig, parts: str | None = None) -> list[tuple[int, int]]:
+    """Heads of q, k and v, and their sizes, in a row of these parts: by default those that the layer makes of x."""
+    parts = parts or parts_of(c)
+    counts = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
+    sizes = c.head_dim, c.head_dim, c.value_dim
+    return [(count if name in parts else 0, size) for name, count, size in zip("qkv", counts, sizes, strict=True)]
 
 
 def _bias(state: State, name: str, rows: int, has_bias: bool) -> Array:

@@ -49,9 +49,9 @@ class _Tensors:
 
 
 def _query(c, t, x):
-    """Projected and clamped queries, (tokens, heads, elements); a gate may follow in each head."""
+    """Projected queries, (tokens, heads, elements); a gate may follow in each head."""
     q = _fused(t, x)[:, : _query_width(c)] if t("attn_qkv.weight") is not None else t.linear("attn_q", x)
-    return _clamped(c, q).reshape(len(x), c.num_attention_heads, -1)
+    return q.reshape(len(x), c.num_attention_heads, -1)
 
 
 def _query_width(c):
@@ -82,12 +82,13 @@ def _keys_and_values(c, t, x):
 
 def _heads(c, t, x, other):
     """(tokens, heads, value_dim)."""
-    q = _query(c, t, x)[..., : c.head_dim]
+    q = _clamped(c, _query(c, t, x)[..., : c.head_dim])
     if c.shares_cache_of is not None:
         owner, inputs = other
         k, v = _keys_and_values(owner, _Tensors(owner, t.tensors, t.positions), inputs)
     else:
-        k, v = _keys_and_values(c, t, other if c.cross else x)
+        t_of_k = _Tensors(c, t.tensors, np.arange(len(other))) if c.cross else t
+        k, v = _keys_and_values(c, t_of_k, other if c.cross else x)
     return _attend(c, t, _prepared(c, t, q, "q"), k, v)
 
 
@@ -108,7 +109,8 @@ def _prepared(c, t, heads, name):
 
 def _temperature(temperature, positions):
     length, scale, offset = temperature
-    return 1 + scale * np.log(1 + np.floor((positions + offset) / length))
+    latest = positions if positions.ndim == 1 else positions.max(axis=0)
+    return 1 + scale * np.log(1 + np.floor((latest + offset) / length))
 
 
 def _norm(x, norm, weight=None, bias=None):

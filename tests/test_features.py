@@ -89,7 +89,7 @@ def layers(draw):
         rope=qattn.RotaryEmbedding(rope_dims, pairing=pairing) if rope_dims else None,
         scale=head_dim**-0.5,
         mask=masks.get(name, draw(windows(name))),
-        clamp_qkv=None if "gate" in features else draw(st.sampled_from([None, 0.5])),
+        clamp_qkv=draw(st.sampled_from([None, 0.5])),
         norm_after_rope=draw(st.booleans()),
         temperature=draw(st.sampled_from([None, Temperature(4, 0.2, 1)])),
         softcap=draw(st.sampled_from([0.0, 2.0])),
@@ -163,12 +163,11 @@ def test_any_features_over_the_cache_of_another_layer(described, tokens, cut):
 @given(described=layers(), tokens=st.integers(1, 20), others=st.integers(1, 20), cut=st.integers(0, 20))
 def test_any_features_over_another_sequence(described, tokens, others, cut):
     config, tensors = described
-    changes = {"rope": None, "k_norm": None, "v_norm": None, "mask": masks.Null(), "alibi": 0.0, "distances": ""}
-    config = dataclasses.replace(config, cross=True, **changes)
+    config = dataclasses.replace(config, cross=True, mask=masks.Null(), alibi=0.0, distances="")
     attn, x, states = loaded(config, tensors), normal((tokens, HIDDEN), 50), normal((others, HIDDEN), 51)
     attn.remember(states[:cut])
     attn.remember(states[cut:])
-    got = attn(x, positions=np.arange(tokens))  # for its temperature: other states tell nothing of where x is
+    got = attn(x, positions=np.arange(tokens))  # other states tell nothing of where x is
     assert nmse(got, block(config, tensors, x, other=states)[1]) < 1e-9
 
 
@@ -203,6 +202,36 @@ def test_cross_attention_sees_all_of_another_sequence():
         loaded(*plain()).remember(states)
 
 
+def test_a_memory_may_have_positions_of_its_own():
+    norm = Norm("rms", 1e-5, weighted=False)
+    config, tensors = plain(cross=True, mask=masks.Null(), k_norm=norm, v_norm=norm, norm_after_rope=True)
+    attn, x, states = loaded(config, tensors), normal((9, HIDDEN), 1), normal((5, HIDDEN), 2)
+    attn.remember(states)
+    want = attn(x, positions=np.arange(9))
+    attn.reset()
+    attn.remember(states, positions=np.arange(5) + 70)
+    assert attn.kv_cache.positions().tolist() == [70, 71, 72, 73, 74]
+    assert nmse(attn(x, positions=np.arange(9) + 70), want) < 1e-9  # both have moved
+    assert nmse(attn(x, positions=np.arange(9)), want) > 1e-6
+
+
+def test_of_several_positions_temperatures_go_by_the_largest():
+    rope = qattn.RotaryEmbedding(8, sections=(2, 1, 1))
+    config, tensors = plain(temperature=Temperature(4, 0.5), rope=rope)
+    attn, x = loaded(config, tensors), normal((9, HIDDEN), 1)
+    positions = np.stack([np.arange(9) // 2, np.arange(9), np.arange(9)[::-1] // 3])
+    assert nmse(attn(x, positions=positions), block(config, tensors, x, positions=positions)[1]) < 1e-9
+
+
+@pytest.mark.parametrize("rope", [None, qattn.RotaryEmbedding(8)])
+def test_a_far_position_of_a_layer_with_a_temperature_takes_no_table(rope):
+    config, tensors = plain(temperature=Temperature(4, 0.5), rope=rope)
+    attn, x, far = loaded(config, tensors), normal((3, HIDDEN), 1), np.arange(3) + 2**24 - 4
+    assert nmse(attn(x, positions=far), block(config, tensors, x, positions=far)[1]) < 1e-9
+    attn(x)
+    assert len(attn._loaded().temperatures.table(1)) < 1000
+
+
 def test_mistakes_are_named():
     config, tensors = plain(sinks=True)
     tensors["attn_sinks.weight"] = normal(3)
@@ -212,18 +241,14 @@ def test_mistakes_are_named():
     tensors["attn_q_norm.weight"] = normal(5)
     with pytest.raises(ValueError, match=r"q_norm.weight has shape \(5,\); expected \(8,\), \(32,\), \(4, 8\) or"):
         loaded(config, tensors)
-    config, tensors = plain(clamp_qkv=1.0, gate=Gate("sigmoid"))
-    with pytest.raises(NotImplementedError, match="clamp_qkv beside a gate"):
-        loaded(config, tensors)
     with pytest.raises(ValueError, match="clamp_qkv is -1; expected a positive number"):
         plain(clamp_qkv=-1)
     with pytest.raises(ValueError, match=r"gate\.function is 'relu'; expected one of 'sigmoid', 'softplus'"):
         plain(gate=Gate("relu"))
-    for features in ({"rope": None, "k_norm": Norm("rms", 1e-5)}, {"rope": None, "v_norm": Norm("rms", 1e-5)}, {}):
-        with pytest.raises(NotImplementedError, match="cross attention with a rotary embedding, k_norm or v_norm"):
-            plain(cross=True, **features)
-    with pytest.raises(NotImplementedError, match="a temperature beside a rotary embedding with sections"):
-        plain(temperature=Temperature(4, 0.5), rope=qattn.RotaryEmbedding(8, sections=(2, 1, 1)))
+    attn = loaded(*plain(cross=True, mask=masks.Null()))
+    attn.remember(normal((3, HIDDEN)))
+    with pytest.raises(ValueError, match="positions of x's tokens are needed: the cache tells those of another"):
+        attn(normal((2, HIDDEN)))
 
 
 def test_a_call_may_bring_its_own_mask():

@@ -116,10 +116,10 @@ def test_matrices_of_heads_are_multiplied_at_once(name, tokens, precision):
     assert matrix.divisible(heads) and not matrix.divisible(4)
     got = ops.affine_each(x, matrix, precision=precision)
     for head in range(heads):
-        alone = ops.affine(x[:, head], matrix.head(head, heads), None, precision=precision)
+        part = w[head * rows : (head + 1) * rows]
+        alone = ops.affine(x[:, head], PackedMatrix(part), None, precision=precision)
         assert np.array_equal(got[:, head], alone)
-        part = np.asarray(w, np.float32)[head * rows : (head + 1) * rows]
-        assert nmse(alone, x[:, head].astype(np.float64) @ part.astype(np.float64).T) < 1e-4
+        assert nmse(alone, x[:, head].astype(np.float64) @ np.asarray(part, np.float64).T) < 1e-4
 
 
 def test_no_tokens_times_matrices_of_heads():

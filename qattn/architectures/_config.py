@@ -25,7 +25,10 @@ class Norm(NamedTuple):
 
 
 class Temperature(NamedTuple):
-    """Queries grow with the position p: they are multiplied by 1 + scale · log(1 + floor((p + offset) / length))."""
+    """Queries grow with the position p: they are multiplied by 1 + scale · log(1 + floor((p + offset) / length)).
+
+    Of several positions of a token, p is the largest.
+    """
 
     length: float
     scale: float
@@ -144,10 +147,6 @@ class AttentionConfig:
             raise ValueError(f"rope turns {self.rope.rope_dims} elements; kv_params has heads of {self.head_dim}")
         for name in ("scale", "softcap", "alibi", "value_scale", "output_scale"):
             _check.number(name, getattr(self, name))
-        if self.cross and (self.rope or self.k_norm or self.v_norm):
-            raise NotImplementedError("cross attention with a rotary embedding, k_norm or v_norm is not implemented")
-        if self.temperature is not None and self.rope is not None and self.rope.sections:
-            raise NotImplementedError("a temperature beside a rotary embedding with sections is not implemented")
         if self.latent is not None and self.clamp_qkv is not None:
             raise NotImplementedError("clamp_qkv in multi-head latent attention is not implemented")
         if self.gate is not None:

@@ -23,7 +23,7 @@ from qattn.cuda.attend_variant import Storage
 from qattn.cuda.dequantize import dequantize as dequantize
 from qattn.cuda.program import Program as Program
 from qattn.cuda.unpack import unpack as unpack_part
-from qattn.layout import CELL
+from qattn.layout import CELL, Layout
 from qattn.logits import Logits
 from qattn.packing import PackedMatrix, Part
 from qattn.rope import Rotation
@@ -81,9 +81,7 @@ def _multiply_packed(x: Array, matrix: PackedMatrix, out: Array, precision: str)
         layout = part.layout
         floats, group = layout.bits >= 16, min(layout.group, CELL)
         if not floats and not exact and (group, layout.zero) != last:
-            last = group, layout.zero
-            prepared = Activations.room(len(x), x.shape[1], group)
-            quantize(layout.zero, group)(x, prepared)
+            last, prepared = (group, layout.zero), _rounded(x, layout)
         cuda_matmul.product(layout, exact)(part.packed, x if floats or exact else prepared, out)
 
 
@@ -91,18 +89,24 @@ def multiply_each(x: Array, matrix: PackedMatrix, out: Array, precision: str) ->
     """out[:, h] = x[:, h] @ head h of matrix.T: x (tokens, heads, columns), out (tokens, heads, rows), float32.
 
     matrix : `divisible`, (heads · rows, columns)
-    Cost: a few launches for each head.
+    Cost: one launch for all heads, and one that rounds x.
     """
-    import cupy
-
-    tokens, heads, rows = out.shape
-    for head in range(heads):
-        product = cupy.empty((tokens, rows), np.float32)
-        multiply(cupy.ascontiguousarray(x[:, head]), matrix.head(head, heads), product, precision)
-        out[:, head] = product
+    (part,), (tokens, heads, _), exact = matrix.parts, x.shape, precision == "exact"
+    given: Any = x
+    if part.layout.bits < 16 and not exact:
+        given = _rounded(x, part.layout)
+    cuda_matmul.product(part.layout, exact)(part.packed, given, out.reshape(tokens, -1), heads)
 
 
-def finish(out: Array, factor: Array | None, bias: Array | None, limit: float | None) -> None:
+def _rounded(x: Array, layout: Layout) -> Activations:
+    """x (tokens, columns) or (tokens, heads, columns) for weights of a layout."""
+    group = min(layout.group, CELL)
+    room = Activations.room(len(x), x.shape[-1], group, heads=x.shape[1] if x.ndim == 3 else 1)
+    quantize(layout.zero, group)(x, room)
+    return room
+
+
+def finish(out: Array, factor: Array | None, bias: Array | None, limit: Array | None) -> None:
     """out = clamp(out · factor + bias, -limit, limit): (tokens, n), and (n,) float32; None for what there isn't."""
     cuda_heads.finish(out, factor, bias, limit)
 
@@ -126,13 +130,13 @@ def gate(heads: Array, x: Array, first: int, per_head: bool, function: str) -> N
 
 def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
     """out = heads rotated by the angles of their positions: see `qattn.cuda.rope`."""
-    cos, sin, neox = rotation
+    cos, sin, neox, _ = rotation
     cuda_rope.rotate(x, cos, sin, positions, neox, out)
 
 
 def rotate_heads(rows: Array, heads: int, size: int, rotation: Rotation, angles: Array) -> None:
     """Rotate the first heads of each row in place: see `qattn.cuda.rope`."""
-    cos, sin, neox = rotation
+    cos, sin, neox, _ = rotation
     cuda_rope.rotate_heads(rows, heads, size, cos, sin, angles, neox)
 
 
@@ -148,7 +152,7 @@ def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q
         first = (heads + params.n_kv_heads) * params.head_dim
         cuda_heads.hadamard(qkv, first, params.n_kv_heads, params.values)
         rotation = Rotation(rotation.cos[:, :0], rotation.sin[:, :0], rotation.neox)
-    cos, sin, neox = rotation
+    cos, sin, neox, _ = rotation
     cuda_rope.rotate_and_store(_storage(params), qkv, cos, sin, batch, neox, cache.view(), cache.counts, q)
 
 
@@ -194,7 +198,7 @@ def rotate_and_attend(
         rotate_and_store(qkv, rotation, batch, cache, q)
         attend(q, cache, batch.row_offsets, mask, logits, exact=exact, out=out)
         return
-    view, lse, (cos, sin, neox) = cache.view(), scratch("lse", (tokens, heads)), rotation
+    view, lse, (cos, sin, neox, _) = cache.view(), scratch("lse", (tokens, heads)), rotation
     partial = cuda_attention.Partial.room(tokens, tokens, heads, view)
     cuda_attention.rotate_and_attend(
         storage, qkv, cos, sin, batch, neox, view, cache.counts, mask, logits, out, lse, partial

@@ -16,7 +16,7 @@ GATES = ("sigmoid", "softplus")
 def finish(out, factor, bias, limit, part, parts):  # type: ignore[no-untyped-def]
     """out = clamp(out · factor + bias, -limit, limit).
 
-    out : (tokens, n) float32;  factor, bias : (n,) float32, or empty for none;  limit : float32, infinite for none
+    out : (tokens, n) float32;  factor, bias, limit : (n,) float32, or empty for none
     """
     for row in share(out.shape[0], part, parts):
         if factor.size:
@@ -25,9 +25,9 @@ def finish(out, factor, bias, limit, part, parts):  # type: ignore[no-untyped-de
         if bias.size:
             for column in range(out.shape[1]):
                 out[row, column] += bias[column]
-        if limit < np.inf:
+        if limit.size:
             for column in range(out.shape[1]):
-                out[row, column] = min(max(out[row, column], -limit), limit)
+                out[row, column] = min(max(out[row, column], -limit[column]), limit[column])
 
 
 @numba.njit

@@ -11,6 +11,7 @@ host would have to know depends on the activations.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ _THREADS = 1024  # at most, of a block that rounds a row: four columns each, so 
 
 
 class Activations(NamedTuple):
-    """Rows of int8 activations on the device, in blocks of 8.
+    """Rows of int8 activations on the device, in blocks of 8; where heads have rows of their own, head by head.
 
     The first axis is 2: cells as they are, and the remainders of those that have outliers.
     """
@@ -52,12 +53,12 @@ class Activations(NamedTuple):
     """(blocks, cells, 8) uint8: whether the remainder of this cell of this row is worth multiplying."""
 
     @classmethod
-    def room(cls, rows: int, columns: int, group: int) -> Activations:
-        """Memory for that many rows, for weights with groups of `group` columns; larger groups count as 32."""
+    def room(cls, rows: int, columns: int, group: int, heads: int = 1) -> Activations:
+        """Memory for that many rows of each head, for weights in groups of `group` columns; larger ones count as 32."""
         import cupy
 
         cells, groups = columns // CELL, CELL // min(group, CELL)
-        blocks = padded(rows) // BLOCK
+        blocks = heads * padded(rows) // BLOCK
         return cls(
             cupy.empty((2, blocks, cells, BLOCK, CELL), "int8"),
             cupy.empty((2, blocks, cells, BLOCK), "float32"),
@@ -177,16 +178,17 @@ def quantize_kernel(zero: int, groups: int) -> Any:
     @kernel("f32* u8* f32* i32* f32* u8* i32 i32", f"{zero}_{groups}")
     def quantize(x, levels, scales, starts, sums, seconds, rows, cells):  # type: ignore[no-untyped-def]
         row, thread, threads = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
-        first = (row >> 3) * cells * BLOCK + (row & 7)  # where the scale of the row's first cell lies
+        head, heads, room = int32(cuda.blockIdx.y), int32(cuda.gridDim.y), int32(cuda.gridDim.x)
+        first = (head * room + (row & ~7)) * cells + (row & 7)  # where the scale of the row's first cell lies
         if row >= rows:  # padding: its levels reach no result, but it may not ask for remainders
             cell = thread
             while cell < cells:
                 seconds[first + cell * BLOCK] = 0
                 cell += threads
             return
-        start, lane = int64(row) * (cells * CELL), thread & 31
+        start, lane = (int64(row) * heads + head) * (cells * CELL), thread & 31
         limit = float32(OUTLIER * OUTLIER) / float32(cells * CELL) * _energy(x, start, cells * CELL)
-        remainders = int32(cuda.gridDim.x) * cells
+        remainders = room * heads * cells
         warp_cell = (thread >> 5) * 4  # lanes of a warp stay together, since they exchange values
         while warp_cell < cells:
             cell, quad = warp_cell + (lane >> 3), lane & 7
@@ -218,7 +220,7 @@ def quantize_kernel(zero: int, groups: int) -> Any:
 def quantize(zero: int, group: int) -> Callable[[Any, Activations], None]:
     """What rounds activations to int8, for weights of that zero point and groups: ``run(x, a)``.
 
-    x : (rows, K) float32, aligned to 16 bytes;  a : `Activations`, with `room` for them, overwritten
+    x : (rows, K) or (rows, heads, K) float32, aligned to 16 bytes;  a : `Activations`, with `room` for it, overwritten
     One scale per 32 columns: the largest magnitude maps to ±127, ties round to even.  A row with NaN or infinity gets
     scales of NaN there.
     Cost: reads x twice, the second time from the cache, and writes about 1.4 bytes an element.
@@ -226,8 +228,9 @@ def quantize(zero: int, group: int) -> Callable[[Any, Activations], None]:
     run_kernel = quantize_kernel(zero, CELL // min(group, CELL))
 
     def run(x: Any, a: Activations) -> None:
-        rows, columns = x.shape
+        rows, columns, heads = x.shape[0], x.shape[-1], math.prod(x.shape[1:-1])
         threads = min(_THREADS, -(-columns // 128) * 32)
-        run_kernel(x, *a, rows, columns // CELL, grid=a.seconds.shape[0] * BLOCK, block=threads)
+        grid = a.seconds.shape[0] * BLOCK // heads, heads
+        run_kernel(x, *a, rows, columns // CELL, grid=grid, block=threads)
 
     return run

@@ -19,14 +19,14 @@ _FACTOR, _BIAS, _LIMIT, _LAYER = 1, 2, 4, 8  # bits of `flags`
 Array = Any  # of CuPy
 
 
-def finish(out: Array, factor: Array | None, bias: Array | None, limit: float | None) -> None:
+def finish(out: Array, factor: Array | None, bias: Array | None, limit: Array | None) -> None:
     """out = clamp(out · factor + bias, -limit, limit).
 
-    out : (tokens, n) float32;  factor, bias : (n,) float32, or None;  limit : None for no bound
+    out : (tokens, n) float32;  factor, bias, limit : (n,) float32, or None
     """
     tokens, n = out.shape
     flags = _flags((factor, _FACTOR), (bias, _BIAS), (limit, _LIMIT))
-    finish_kernel(out, factor, bias, limit or 0.0, n, flags, grid=(tokens, -(-n // THREADS)), block=THREADS)
+    finish_kernel(out, factor, bias, limit, n, flags, grid=(tokens, -(-n // THREADS)), block=THREADS)
 
 
 def norm_heads(
@@ -79,7 +79,7 @@ def _flags(*given: tuple[Any, int]) -> int:
     return sum(bit for value, bit in given if value is not None)
 
 
-@kernel("f32* f32* f32* f32 i32 i32")
+@kernel("f32* f32* f32* f32* i32 i32")
 def finish_kernel(out, factor, bias, limit, n, flags):  # type: ignore[no-untyped-def]
     """A column a thread, grid (tokens, runs of `THREADS` columns)."""
     column = int32(cuda.blockIdx.y * THREADS + cuda.threadIdx.x)
@@ -91,7 +91,7 @@ def finish_kernel(out, factor, bias, limit, n, flags):  # type: ignore[no-untype
         if flags & _BIAS:
             value = float32(value + bias[column])
         if flags & _LIMIT:
-            value = ptx.minimum(ptx.maximum(value, float32(-limit)), limit)
+            value = ptx.minimum(ptx.maximum(value, -limit[column]), limit[column])
         out[at] = value
 
 

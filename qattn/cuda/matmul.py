@@ -65,22 +65,24 @@ _FEW_ROWS = 8192  # with fewer, one tile of tokens has too few blocks of `prefil
 
 
 @functools.cache
-def product(layout: Layout, exact: bool) -> Callable[[Any, Any, Any], None]:
-    """What multiplies by weights of a layout: ``run(packed, x, out)`` with ``out[:, packed.targets]`` overwritten.
+def product(layout: Layout, exact: bool) -> Callable[..., None]:
+    """What multiplies by weights of a layout: ``run(packed, x, out, heads=1)``, ``out[:, packed.targets]`` overwritten.
 
     packed : `Packed`, its arrays on the device
     x : `Activations`, with `room` for these tokens; (tokens, K) float32 if `exact`, or for weights that are floats
     out : (tokens, n) float32, C-contiguous, aligned to 16 bytes
+    heads : the rows are those of so many matrices, one after the other, whole tiles of each; x has a row of each token
+        for each of them: (tokens, heads, K)
     Cost: `decode` and `exact` read the packed weights once for every 16 tokens, `prefill` once for every 64.
     """
 
-    def run(packed: Any, x: Any, out: Any) -> None:
+    def run(packed: Any, x: Any, out: Any, heads: int = 1) -> None:
         if exact or layout.bits >= 16:
-            multiply_exact(layout, packed, x, out)
+            multiply_exact(layout, packed, x, out, heads)
         elif len(out) <= DECODE or (len(out) <= TILE and packed.rows < _FEW_ROWS):
-            decode(layout, packed, x, out)
+            decode(layout, packed, x, out, heads)
         else:
-            prefill(layout, packed, x, out)
+            prefill(layout, packed, x, out, heads)
 
     return run
 
@@ -95,10 +97,11 @@ def _key(layout: Layout) -> str:
     return layout.name().replace("-", "_")
 
 
-def _arguments(packed: Any, a: Activations, out: Any) -> tuple[Any, ...]:
-    tiles, cells = packed.codes.shape[:2]
+def _arguments(packed: Any, a: Activations, out: Any, heads: int) -> tuple[Any, ...]:
+    """What all kernels take; sizes are those of a head."""
+    (tiles, cells), blocks = packed.codes.shape[:2], a.seconds.shape[0] // heads
     weights = (packed.codes, packed.scales, packed.steps, packed.offsets, packed.offset_steps, packed.table)
-    return (*weights, packed.targets, tiles, cells, packed.rows, *a, a.seconds.shape[0], out, *out.shape)
+    return (*weights, packed.targets, tiles // heads, cells, packed.rows // heads, *a, blocks, out, *out.shape)
 
 
 # ------------------------------------------------------------------------------------------------------ few tokens
@@ -133,12 +136,13 @@ def decode_kernel(layout: Layout, tokens: int) -> Kernel:
         codes, scales, steps, offsets, offset_steps, table, targets, tiles, cells, rows,
         levels, x_scales, starts, sums, seconds, token_blocks, out, tokens, width,
     ):  # fmt: skip
-        thread, warps = int32(cuda.threadIdx.x), int32(cuda.blockDim.x) >> 5
+        thread, warps, head = int32(cuda.threadIdx.x), int32(cuda.blockDim.x) >> 5, int32(cuda.blockIdx.z)
         lane, warp, pair = thread & 31, thread >> 5, int32(cuda.blockIdx.x)
         w, a = (codes, scales, steps, offsets, offset_steps), (levels, x_scales, starts, sums)
-        tile, last = int32(min(2 * pair + (lane >> 4), tiles - 1)), cells - 1
+        tile, last = int32(head * tiles + min(2 * pair + (lane >> 4), tiles - 1)), cells - 1
         block = int32(cuda.blockIdx.y) * blocks
-        here, there = int64(block) * cells, (int64(token_blocks) + block) * cells  # of the tokens' first remainders
+        own = int64(head * token_blocks + block)  # and behind the blocks of all heads come those of remainders
+        here, there = own * cells, (int64(token_blocks) * int32(cuda.gridDim.z) + own) * cells
         first, tokens = block * BLOCK, int32(min(tokens - block * BLOCK, columns))
         row = min(lane >> 2, tokens - 1)  # so that a lane of a token that isn't there causes no traffic
         lookup = ptx.load_16_constant(table, 0) if has_table else (uint32(0), uint32(0), uint32(0), uint32(0))
@@ -182,21 +186,21 @@ def decode_kernel(layout: Layout, tokens: int) -> Kernel:
                 at += 32 * columns
                 other += 1
             if row < rows:
-                out[int64(first + (thread >> 5)) * width + targets[row]] = total
+                out[int64(first + (thread >> 5)) * width + targets[head * rows + row]] = total
             thread += 32 * warps
 
     return decode
 
 
-def decode(layout: Layout, packed: Any, a: Activations, out: Any) -> None:
+def decode(layout: Layout, packed: Any, a: Activations, out: Any, heads: int = 1) -> None:
     """Multiply a few tokens: weights are read once for each `DECODE` of them."""
     tiles, cells = packed.codes.shape[:2]
-    tokens, pairs = len(out), -(-tiles // 2)
+    tokens, pairs = len(out), -(-tiles // heads // 2)
     size = next((size for size in DECODE_SIZES if tokens <= size), DECODE)
-    warps = min(cells, decode_warps(layout, pairs))
+    warps = min(cells, decode_warps(layout, pairs * heads))
     shared = 4 * 32 * size * warps
-    grid = pairs, -(-tokens // size)
-    decode_kernel(layout, size)(*_arguments(packed, a, out), grid=grid, block=32 * warps, shared=shared)
+    grid = pairs, -(-tokens // size), heads
+    decode_kernel(layout, size)(*_arguments(packed, a, out, heads), grid=grid, block=32 * warps, shared=shared)
 
 
 def decode_warps(layout: Layout, pairs: int) -> int:
@@ -266,11 +270,12 @@ def prefill_kernel(layout: Layout) -> Kernel:
         codes, scales, steps, offsets, offset_steps, table, targets, tiles, cells, rows,
         levels, x_scales, starts, sums, seconds, token_blocks, out, tokens, width,
     ):  # fmt: skip
-        thread = int32(cuda.threadIdx.x)
-        lane, first = thread & 31, int32(cuda.blockIdx.y) * (TILE // BLOCK)
+        thread, head = int32(cuda.threadIdx.x), int32(cuda.blockIdx.z)
+        lane, start = thread & 31, int32(cuda.blockIdx.y) * (TILE // BLOCK)
+        first = head * token_blocks + start  # and behind the blocks of all heads come those of remainders
         w, a = (codes, scales, steps, offsets, offset_steps), (levels, x_scales, starts, sums)
         own = int32(cuda.blockIdx.x) * (_ROWS // 16) + 2 * (thread >> 5) + (lane >> 4)
-        places = place_weights(w, min(own, tiles - 1), cells, lane)
+        places = place_weights(w, head * tiles + min(own, tiles - 1), cells, lane)
         lookup = ptx.load_16_constant(table, 0) if has_table else (uint32(0), uint32(0), uint32(0), uint32(0))
         ring = ptx.shared_address(cuda.shared.array(words_of_ring, uint32, 16), 0)
         cell = int32(0)
@@ -294,33 +299,35 @@ def prefill_kernel(layout: Layout) -> Kernel:
             words, flag = fetch_weights(places, ahead), remainders(seconds, first, ahead, cells, lane)
             totals = multiply_shared(totals, factors, ring + uint32((cell & (2 * _STAGE - 1)) * size), lane)
             if again:
-                second = place_tokens(a, (int64(token_blocks) + first) * cells, cells, lane, lane >> 2)
+                there = (int64(token_blocks) * int32(cuda.gridDim.z) + first) * cells
+                second = place_tokens(a, there, cells, lane, lane >> 2)
                 totals = multiply_memory(totals, factors, second, cell)
             cell = int32(cell + 1)
-        row, column = int32(own * 16 + (lane & 12)), 2 * (lane & 3)
-        if row + 3 < rows and targets[row + 3] - targets[row] == 3 and (targets[row] | width) & 3 == 0:
+        row, column, of_head = int32(own * 16 + (lane & 12)), 2 * (lane & 3), int32(head * rows)
+        target = targets[of_head + min(row, rows - 1)]
+        if row + 3 < rows and targets[of_head + row + 3] - target == 3 and (target | width) & 3 == 0:
             for i in range(0, numbers, 8):
                 for k in range(2):
-                    token = first * BLOCK + i + column + k
+                    token = start * BLOCK + i + column + k
                     if token < tokens:
                         ptx.store_16(
-                            out, int64(token) * width + targets[row], ptx.bits_of(totals[i + k]),
+                            out, int64(token) * width + target, ptx.bits_of(totals[i + k]),
                             ptx.bits_of(totals[i + k + 2]), ptx.bits_of(totals[i + k + 4]),
                             ptx.bits_of(totals[i + k + 6]),
                         )  # fmt: skip
         else:
             for i in range(numbers):
-                token, there = first * BLOCK + (i & ~7) + column + (i & 1), row + (i >> 1 & 3)
+                token, there = start * BLOCK + (i & ~7) + column + (i & 1), row + (i >> 1 & 3)
                 if token < tokens and there < rows:
-                    out[int64(token) * width + targets[there]] = totals[i]
+                    out[int64(token) * width + targets[of_head + there]] = totals[i]
 
     return prefill
 
 
-def prefill(layout: Layout, packed: Any, a: Activations, out: Any) -> None:
+def prefill(layout: Layout, packed: Any, a: Activations, out: Any, heads: int = 1) -> None:
     """Multiply many tokens: more than `DECODE`, for which `Activations` have room in whole tiles."""
-    grid = -(-packed.rows // _ROWS), -(-len(out) // TILE)
-    prefill_kernel(layout)(*_arguments(packed, a, out), grid=grid, block=_ROWS)
+    grid = -(-packed.rows // heads // _ROWS), -(-len(out) // TILE), heads
+    prefill_kernel(layout)(*_arguments(packed, a, out, heads), grid=grid, block=_ROWS)
 
 
 _ROWS = 128  # rows that a block multiplies, 32 a warp; so it has as many threads

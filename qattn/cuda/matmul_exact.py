@@ -42,11 +42,11 @@ def _fill_levels(layout: Layout) -> Any:
     has_table, halves = layout.table, groups_of(layout) == 2
 
     @device
-    def fill(weights, w, table, tile, tiles, column, columns, thread):  # type: ignore[no-untyped-def]
+    def fill(weights, w, table, tile, tiles, head, column, columns, thread):  # type: ignore[no-untyped-def]
         lane, pair, cell = thread & 31, thread >> 5 & 1, column // CELL + (thread >> 6)
         lookup = ptx.load_16_constant(table, 0) if has_table else (uint32(0), uint32(0), uint32(0), uint32(0))
         if cell * CELL < columns:
-            mine = min(tile + 2 * pair + (lane >> 4), tiles - 1)
+            mine = head * tiles + min(tile + 2 * pair + (lane >> 4), tiles - 1)
             found = values(fetch_weights(place_weights(w, mine, columns // CELL, lane), cell), lane, lookup)
             row, c = 32 * pair + (lane & 28), lane & 3
             for i in range(32):
@@ -75,9 +75,9 @@ def _fill_floats(layout: Layout) -> Any:
         return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
 
     @device
-    def fill(weights, w, table, tile, tiles, column, columns, thread):  # type: ignore[no-untyped-def]
+    def fill(weights, w, table, tile, tiles, head, column, columns, thread):  # type: ignore[no-untyped-def]
         row = 4 * (thread & 15)
-        mine = min(tile + (row >> 4), tiles - 1)
+        mine = head * tiles + min(tile + (row >> 4), tiles - 1)
         for i in range(_COLUMNS // 16):
             k = 16 * i + (thread >> 4)
             if column + k < columns:
@@ -104,6 +104,7 @@ def exact_kernel(layout: Layout) -> Kernel:
     ):
         thread, tile = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x) * (_ROWS // 16)
         first, quarter = int32(cuda.blockIdx.y) * _TOKENS, thread >> 6
+        head, heads = int32(cuda.blockIdx.z), int32(cuda.gridDim.z)
         row, token = 4 * (thread & 15), 4 * (thread >> 4 & 3)  # the thread's first ones
         weights = cuda.shared.array(_WEIGHTS, float32, 16)
         values = cuda.shared.array(_VALUES, float32, 16)
@@ -111,11 +112,13 @@ def exact_kernel(layout: Layout) -> Kernel:
         values_at = ptx.shared_address(values, 0) + uint32(4 * token)
         w, totals, column = (codes, scales, steps, offsets, offset_steps), _ZEROS, int32(0)
         while column < columns:
-            fill(weights, w, table, tile, tiles, column, columns, thread)
+            fill(weights, w, table, tile, tiles, head, column, columns, thread)
             for i in range(_PASSES):
                 there, k = 2 * i + (thread >> 7), thread & 127
                 inside = first + there < tokens and column + k < columns
-                value = x[int64(first + there) * columns + (column + k)] if inside else float32(0)
+                value = float32(0)
+                if inside:
+                    value = x[(int64(first + there) * heads + head) * columns + (column + k)]
                 values[uint32(k * _TOKENS + there)] = value
             cuda.syncthreads()
             if first + token < tokens:
@@ -134,14 +137,14 @@ def exact_kernel(layout: Layout) -> Kernel:
             for k in range(4):
                 total += weights[uint32((k * _TOKENS + token) * _ROWS + row)]
             if first + token < tokens and tile * 16 + row < rows:
-                out[int64(first + token) * width + targets[tile * 16 + row]] = total
+                out[int64(first + token) * width + targets[head * rows + tile * 16 + row]] = total
 
     return exact
 
 
-def exact(layout: Layout, packed: Any, x: Any, out: Any) -> None:
-    """Multiply float32 activations, x (tokens, K)."""
+def exact(layout: Layout, packed: Any, x: Any, out: Any, heads: int = 1) -> None:
+    """Multiply float32 activations, x (tokens, K) or (tokens, heads, K)."""
     weights = (packed.codes, packed.scales, packed.steps, packed.offsets, packed.offset_steps, packed.table)
-    sizes = packed.codes.shape[0], x.shape[1], packed.rows
-    grid = -(-packed.rows // _ROWS), -(-len(x) // _TOKENS)
+    sizes = packed.codes.shape[0] // heads, x.shape[-1], packed.rows // heads
+    grid = -(-packed.rows // heads // _ROWS), -(-len(x) // _TOKENS), heads
     exact_kernel(layout)(*weights, packed.targets, *sizes, x, out, *out.shape, grid=grid, block=_THREADS)

@@ -33,6 +33,8 @@ class Rotation(NamedTuple):
     sin: Any
     neox: bool
     """Whether pairs are half a head apart."""
+    heat: Any = None
+    """(positions,) float32, what queries are multiplied by in layers that have a temperature."""
 
     @classmethod
     def none(cls, positions: int, device: str) -> Rotation:

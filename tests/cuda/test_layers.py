@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import qattn
 from qattn import masks
-from qattn.architectures import Gate, Norm
+from qattn.architectures import Gate, Norm, Temperature
 from qattn.introspect import ablated
 from qattn.models import Decoder
 from tests import tiny_model
@@ -46,10 +46,11 @@ def test_the_cache_of_another_layer_and_of_another_sequence(cupy):
     first(cupy.asarray(x))
     got = second(cupy.asarray(y), kv_cache=first.kv_cache).get()
     assert nmse(got, block(reader, both, y, other=(owner, x))[1]) < 1e-10
-    config, tensors = plain(cross=True, mask=masks.Null(), rope=None)
+    norm = Norm("rms", 1e-5, weighted=False)
+    config, tensors = plain(cross=True, mask=masks.Null(), k_norm=norm, v_norm=norm, temperature=Temperature(4, 0.5))
     attn = loaded(config, tensors, devices=["cuda:0"])
     attn.remember(cupy.asarray(y))
-    assert nmse(attn(cupy.asarray(x)).get(), block(config, tensors, x, other=y)[1]) < 1e-10
+    assert nmse(attn(cupy.asarray(x), positions=range(9)).get(), block(config, tensors, x, other=y)[1]) < 1e-10
 
 
 @pytest.mark.parametrize("absorbed", [True, False])

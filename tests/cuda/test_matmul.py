@@ -1,11 +1,14 @@
 """Products with packed weights on a GPU: every format and path against float64, and against the CPU."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qattn
+from qattn import ops
 from qattn.cpu import activations as cpu_activations
 from qattn.cpu.target import TARGET
 from qattn.layout import CELL, Packed
@@ -128,6 +131,29 @@ def test_a_row_with_nan_or_infinity_gives_nan_and_spoils_no_other(cupy, tokens, 
     got = multiply(cupy, x, w, path=path)
     assert np.isnan(got[2]).all()
     assert same_bits(got[[1, *range(3, tokens)]], want[[1, *range(3, tokens)]])
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "precision"),
+    [("Q8_0", 1, "int8"), ("Q6_K", 19, "int8"), ("Q4_K", 70, "fast"), ("Q8_0", 5, "exact"), ("F16", 3, "int8")],
+)
+def test_matrices_of_heads_are_multiplied_at_once(cupy, name, tokens, precision):
+    """In two launches at most, with the bits of one product for each head; activations have outliers."""
+    from qattn.cuda.kernel import Kernel
+
+    heads, rows, columns = 3, 48, 256
+    w, x = random_weights(name, heads * rows, columns), normal((tokens, heads, columns))
+    x[0, 1, 7] *= 40
+    x[-1, 2, 9] *= 40
+    there = qattn.PackedMatrix(w).to("cuda:0")
+    with mock.patch.object(Kernel, "__call__", autospec=True, side_effect=Kernel.__call__) as launches:
+        got = cupy.asnumpy(ops.affine_each(cupy.asarray(x), there, precision=precision))
+    assert launches.call_count <= 2
+    for head in range(heads):
+        part = w[head * rows : (head + 1) * rows]
+        alone = qattn.matmul(cupy.asarray(x[:, head]), part.to("cuda:0"), precision=precision)
+        assert same_bits(got[:, head], cupy.asnumpy(alone))
+        assert nmse(got[:, head], reference(x[:, head], part)) < INT8_NMSE
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q3_K"])
