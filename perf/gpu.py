@@ -3,8 +3,8 @@
 First the GPU's own limits: copying within its memory (bytes read and written), and cuBLAS in float16.  Then, in Llama 3
 8B's shape: dequantization to float16, by format; projections of one token, over weights in rotation that exceed every
 cache, and of 4096 tokens, by the kernels ("int8") and by cuBLAS where that is faster ("fast"); attention of one token
-for each of 8 sequences behind 32768 others, and of 8192 tokens; and a whole layer's step for one token, replayed from a
-CUDA graph.  Times are medians between CUDA events.
+for each of 8 sequences behind 32768 others, of 16 tokens of one, and of 8192 tokens; and a whole layer's step for one
+token, replayed from a CUDA graph.  Times are medians between CUDA events.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Sizes(NamedTuple):
     rotation: int = 400 << 20
     """Bytes of packed weights that a projection goes through before it comes to the same again."""
     prompt: int = 4096
+    drafted: int = 16
+    """Tokens of one sequence, as when drafts are verified."""
     attended: int = 8192
     behind: int = 32768
     sequences: int = 8
@@ -133,6 +135,8 @@ class Bench:
         for dtype in ("float16", "q8_0", "q4_0"):
             seconds, moved = self.attend(dtype, 1, s.behind, s.sequences)
             yield self.row(f"attention, {s.sequences} sequences @ {s.behind}, {dtype}", seconds, moved=moved)
+            seconds, moved = self.attend(dtype, s.drafted, s.behind, 1)
+            yield self.row(f"attention, {s.drafted} tokens @ {s.behind}, {dtype}", seconds, moved=moved)
             seconds, _ = self.attend(dtype, s.attended, 0, 1)
             operations = shape.attention_ops(s.attended, 0)
             yield self.row(f"attention, {s.attended} tokens, causal, {dtype}", seconds, operations=operations)

@@ -192,7 +192,8 @@ def rotate_and_attend(
     One launch, and a small one that merges parts, where each sequence has one token and the cache is of 16 bits.
     """
     storage, (tokens, heads, value_dim) = _storage(cache.params, exact), out.shape
-    fuses = cuda_attention.fuses(storage, cache.params.head_dim, value_dim) and not cache.params.hadamard
+    group = heads // cache.params.n_kv_heads
+    fuses = cuda_attention.fuses(storage, group, cache.params.head_dim, value_dim) and not cache.params.hadamard
     if not (fuses and batch.one_each):
         q = scratch("q", (tokens, heads, cache.params.head_dim))
         rotate_and_store(qkv, rotation, batch, cache, q)

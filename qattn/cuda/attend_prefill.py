@@ -11,10 +11,11 @@ bias), and walks the keys 32 at a time.  Very long heads leave room for 16 keys,
 5. the output, in registers too, shrinks if a peak grew, and gains weights · v.  What a product of q and k leaves in a
    lane is what the next one takes as its left factor, so weights never leave the registers.
 
-Rows are tokens times the heads of a group, whatever the group.  The block walks the keys that any of its rows sees;
-a warp skips steps that none of its own rows sees, and asks which keys are hidden only where some are.  Blocks with the
-most keys begin first.  Keys in shared memory are 16 bytes further apart than they are long, so that eight of them reach
-all banks.
+Rows are tokens times the heads of a group, whatever the group.  The block walks the keys that any of its rows sees; a
+warp skips steps that none of its own rows sees, and asks which keys are hidden only where some are.  Blocks with the
+most keys begin first.  Where tiles are few, several blocks share the keys of one, and leave their results to
+`qattn.cuda.attention.merge`.  Keys in shared memory are 16 bytes further apart than they are long, so that eight of
+them reach all banks.
 
 Heads of any size are padded with zeros to a multiple of 16.  Where values are longer than 256, blocks share their
 elements, and each computes all scores.
@@ -39,6 +40,7 @@ from qattn.cuda.attend_tiles import (
     find_tile,
     inverse,
     natural_lse,
+    part_of,
     quad_max,
     quad_sum,
     row_at,
@@ -225,11 +227,11 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
     all_scores, all_sums, all_ranges, all_bounds = tiles * keys // 2, tiles * sums, 4 * warps, 3 * block_rows
 
     @kernel(
-        "f32* cache i64* i64* f32 results i32 i32 i32 given",
+        "f32* cache i64* i64* f32 results i32 i32 i32 i32 given",
         f"{storage.key}_{variant.key}_{head_dim}_{value_dim}",
         cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
-    def prefill(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, given):  # type: ignore[no-untyped-def]
+    def prefill(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, parts, given):  # type: ignore[no-untyped-def]
         shared, ranges = cuda.shared.array(0, uint16, 16), cuda.shared.array(all_ranges, int32)  # by warp: see below
         a, s, o = (
             cuda.local.array(factors, uint32),
@@ -255,7 +257,7 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
         token, length = row_offsets[sequence], int32(lengths[sequence])
         new = int32(row_offsets[sequence + 1] - token)
         shift = int32(length - new - token)
-        warp, lane = uint32(cuda.threadIdx.x >> 5), uint32(cuda.threadIdx.x & 31)
+        warp, lane, part = uint32(cuda.threadIdx.x >> 5), uint32(cuda.threadIdx.x & 31), int32(cuda.blockIdx.y)
 
         # The lane's rows, copies of the last where there are no more, and what they see.
         here = ptx.shared_address(shared, 0)
@@ -274,7 +276,7 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
                 at = uint32(3 * (local_row + 8 * row))
                 seen[at], seen[at + 1] = first, end
                 seen[at + 2] = int32(target) if first_row + 8 * row <= last else int32(-1)
-            peaks[row] = sink_of(given, this, True)
+            peaks[row] = sink_of(given, this, part == 0)
             totals[row] = float32(1) if lane & 3 == 0 and peaks[row] > float32(HIDDEN) else float32(0)
             to = q_lane + uint32(32 * key_size * (row // 2) + 4 * (row % 2))
             hold(q, target * head_dim, scale, to)
@@ -284,6 +286,8 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
             ranges[mine], ranges[mine + 1], ranges[mine + 2], ranges[mine + 3] = low, high, all_first, all_end
         cuda.syncthreads()
         key, end = _block_range(ranges, warps)
+        if parts > 1:
+            key, end = part_of(key, end, part, parts)
         key = int32(key & ~(keys - 1))
 
         # The lane's rows of 8 × 8 matrices: two of keys, times two of elements.
@@ -328,10 +332,18 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
             total = quad_sum(totals[row])
             each, target = inverse(total), int64(seen[uint32(3 * (local_row + 8 * row) + 2)])
             if target >= 0:
-                for i in range(0, sums, 4):
-                    at, d = sums * (row // 2) + 2 * (row % 2) + i, uint32(column + 2 * (lane & 3) + uint32(2 * i))
-                    write(results.out, target * value_dim, d, float32(o[at] * each), float32(o[at + 1] * each))
+                out, to = results.out, target
+                if parts > 1:
+                    out, to = results.parts_out, target * parts + part
+                if parts == 1 or total > float32(0):
+                    for i in range(0, sums, 4):
+                        at, d = sums * (row // 2) + 2 * (row % 2) + i, uint32(column + 2 * (lane & 3) + uint32(2 * i))
+                        write(out, to * value_dim, d, float32(o[at] * each), float32(o[at + 1] * each))
                 if lane & 3 == 0 and column == 0:
-                    results.lse[target] = natural_lse(peaks[row], total)
+                    if parts > 1:
+                        seen_any = total > float32(0)
+                        results.parts_lse[to] = float32(peaks[row] + ptx.log2(total)) if seen_any else float32(EMPTY)
+                    else:
+                        results.lse[target] = natural_lse(peaks[row], total)
 
     return prefill

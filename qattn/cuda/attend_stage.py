@@ -16,6 +16,7 @@ from qattn.cuda.attend_variant import Variant
 from qattn.cuda.kernel import device
 
 _SHAPES = (4, 32), (4, 16), (2, 16)  # warps, and keys of a step: beside two tiles' sums, 64 leave no registers
+MOST_ROWS = 128  # of a block
 
 
 class Sizes(NamedTuple):

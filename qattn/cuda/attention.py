@@ -28,8 +28,9 @@ of its keys alone.  A step's keys lie in one page, since pages come in 64s of to
     are cut into parts, for otherwise a GPU would be mostly idle: a block each.  A part's result is normalized, and
     `merge` weighs the parts by their log-sum-exp (eq. 4 there), in order, so that the bits are the same each time.
 `attend_prefill`
-    Many new tokens: arithmetic takes the time.  A tile has 128 rows, or 64, K and V come to shared memory while the
-    step before is worked on, and products run on tensor cores (flash attention; Dao, 2023).
+    Many new tokens, or groups of many heads: arithmetic takes the time.  A tile has 128 rows, or 64, K and V come to
+    shared memory while the step before is worked on, and products run on tensor cores (flash attention; Dao, 2023).
+    Where there are too few tiles for a GPU, their keys are cut into parts, too.
 `attend_exact`
     Everything in float32, for float32 caches, heads that the others don't take, and where float32 is asked for.
 
@@ -52,6 +53,7 @@ from numba import cuda, float32, int32, int64, uint32
 
 from qattn.batch import Batch
 from qattn.cuda import attend_decode, attend_exact, attend_fused, attend_prefill, ptx
+from qattn.cuda.attend_stage import MOST_ROWS
 from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, Heads, Results, find_sequence, inverse, natural_lse
 from qattn.cuda.attend_variant import EMPTY, LOG2E, Given, Memory, Storage, Variant
 from qattn.cuda.kernel import kernel
@@ -59,9 +61,11 @@ from qattn.cuda.warps import warp_max, warp_sum
 from qattn.logits import Logits
 
 FEW = 4  # new tokens of each sequence, on average, up to which reading K and V is what takes the time
+WIDE = 2 * attend_decode.ROWS  # heads of a group beyond which one token has rows enough for `attend_prefill`
 MAX_PARTS = 128  # of a tile's keys: a thread each in `merge`
 _WARPS = MAX_PARTS // 32
 _BLOCKS = 1024  # that keep the largest GPU busy: 132 multiprocessors, two to four blocks each, two rounds or more
+_PREFILL_BLOCKS = 264  # likewise; they have long ways to go, and results of parts are large: one round of two blocks
 Array = Any
 
 
@@ -96,38 +100,50 @@ class Plan(NamedTuple):
     """Decode tiles of a KV head: at least as many as there are."""
     parts: int
     """Into how many parts their keys are cut at most."""
-    prefill: bool
-    """There may be sequences with more new tokens."""
+    prefill: int
+    """Into how many parts the keys of others are cut at most; 0: there are no sequences with more new tokens."""
 
     @classmethod
-    def of(cls, tokens: int, sequences: int, heads: int, kv_heads: int, capacity: int) -> Plan:
-        group = heads // kv_heads
-        if tokens <= FEW * sequences:
+    def of(cls, tokens: int, sequences: int, heads: int, kv_heads: int, capacity: int, exact: bool = False) -> Plan:
+        """`exact` kernels cut only what goes the decode way."""
+        group, busy, rows = heads // kv_heads, min(sequences, tokens), attend_decode.ROWS
+        if group > WIDE and not exact:
+            few, most = 0, 0
+        elif tokens <= FEW * sequences:
             few, most = tokens, tokens
         else:
-            few, most = (0, 0) if sequences == 1 else (1, min(sequences, tokens))
-        each = -(-group // attend_decode.ROWS)
-        tiles = min(most * each, (most * group + (attend_decode.ROWS - 1) * sequences) // attend_decode.ROWS)
-        parts = min(_BLOCKS // max(tiles * kv_heads, 1), capacity // SPLIT_BLOCK, MAX_PARTS)
-        return cls(few, tiles, max(parts, 1), few < tokens)
+            few, most = (0, 0) if sequences == 1 else (1, busy)
+        tiles = min(most * -(-group // rows), (most * group + (rows - 1) * sequences) // rows)
+        others = (tokens * group + (MOST_ROWS - 1) * busy) // MOST_ROWS
+
+        def parts(blocks: int, tiles: int) -> int:
+            return max(1, min(blocks // max(tiles * kv_heads, 1), capacity // SPLIT_BLOCK, MAX_PARTS))
+
+        prefill = 0 if few == tokens else 1 if exact else parts(_PREFILL_BLOCKS, others)
+        return cls(few, tiles, parts(_BLOCKS, tiles) if few else 1, prefill)
 
 
 class Partial(NamedTuple):
-    """Results of the parts that a row's keys are cut into, normalized each."""
+    """Results of the parts that a row's keys are cut into, normalized each; rows are tokens · heads."""
 
     out: Array
-    """(rows, parts, value_dim) float32, rows = tokens · heads."""
+    """(n, value_dim) float32: (rows, parts) of the decode way, and behind them those of the other."""
     lse: Array
-    """(rows, parts) float32, in units of log 2."""
+    """(n,) float32, in units of log 2."""
 
     @classmethod
     def room(cls, tokens: int, sequences: int, heads: int, cache: CacheView) -> Partial:
         """Arrays for batches of that shape over a cache."""
         import cupy
 
-        parts = Plan.of(tokens, sequences, heads, cache.keys.shape[1], cache.capacity).parts
-        shape = (tokens * heads if parts > 1 else 0, parts)
-        return cls(cupy.empty((*shape, cache.value_dim), "f4"), cupy.empty(shape, "f4"))
+        shape = tokens, sequences, heads, cache.keys.shape[1], cache.capacity
+        plans = [Plan.of(*shape, exact) for exact in (False, True)]
+        rows = tokens * heads * max(sum(n for n in (plan.parts, plan.prefill) if n > 1) for plan in plans)
+        return cls(cupy.empty((rows, cache.value_dim), "f4"), cupy.empty(rows, "f4"))
+
+    def behind(self, count: int) -> Partial:
+        """What is left behind the first `count`."""
+        return Partial(self.out[count:], self.lse[count:])
 
 
 def path(storage: Storage, head_dim: int, value_dim: int) -> str:
@@ -136,10 +152,11 @@ def path(storage: Storage, head_dim: int, value_dim: int) -> str:
     return "tensor" if fits and not storage.exact and "f32" not in storage else "exact"
 
 
-def fuses(storage: Storage, head_dim: int, value_dim: int) -> bool:
-    """Whether `rotate_and_attend` takes a cache and its heads."""
+def fuses(storage: Storage, group: int, head_dim: int, value_dim: int) -> bool:
+    """Whether `rotate_and_attend` takes a cache and its heads, `group` query heads for each."""
     sizes, plain = attend_decode.Sizes(head_dim, value_dim), {storage.keys, storage.values} <= {"f16", "bf16"}
-    return plain and path(storage, head_dim, value_dim) == "tensor" and sizes.slices == 1 and sizes.warps > 1
+    fits = sizes.slices == 1 and sizes.warps > 1 and group <= WIDE
+    return plain and fits and path(storage, head_dim, value_dim) == "tensor"
 
 
 def attend(
@@ -160,33 +177,37 @@ def attend(
     """
     tokens, heads, head_dim = q.shape
     sequences, value_dim, kv_heads = row_offsets.shape[0] - 1, out.shape[2], cache.keys.shape[1]
-    plan = Plan.of(tokens, sequences, heads, kv_heads, cache.capacity)
+    exact = path(storage, head_dim, value_dim) == "exact"
+    plan = Plan.of(tokens, sequences, heads, kv_heads, cache.capacity, exact)
     group, variant, given = heads // kv_heads, Variant.of(mask, logits, cache.pages), Given.of(mask, logits)
     results = Results(out, lse, *partial)
-    arrays = (q, Memory.of(cache), row_offsets, lengths, logits.scale * LOG2E, results, sequences, heads)
-    if path(storage, head_dim, value_dim) == "exact":
+    arrays = (q, Memory.of(cache), row_offsets, lengths, logits.scale * LOG2E)
+    if exact:
         sizes = attend_exact.Sizes(head_dim, value_dim)
         rows = attend_exact.ROWS * sizes.warps
         tiles = min(tokens * -(-group // rows), (tokens * group + (rows - 1) * sequences) // rows)
         attend_exact.exact_kernel(storage, variant)(
-            *arrays, head_dim, value_dim, plan.few, plan.parts, given,
+            *arrays, results, sequences, heads, head_dim, value_dim, plan.few, plan.parts, given,
             grid=(tiles * kv_heads, plan.parts), **sizes.launch(),
         )  # fmt: skip
-    else:
-        if plan.few:
-            decode = attend_decode.Sizes(head_dim, value_dim)
-            attend_decode.decode_kernel(storage, variant, head_dim, value_dim)(
-                *arrays, plan.few, plan.parts, given,
-                grid=(plan.tiles * kv_heads * decode.slices, plan.parts), **decode.launch(),
-            )  # fmt: skip
-        if plan.prefill:
-            prefill = attend_prefill.Sizes.of(variant, head_dim, value_dim)
-            tiles = (tokens * group + (prefill.rows - 1) * min(sequences, tokens)) // prefill.rows
-            attend_prefill.prefill_kernel(storage, variant, head_dim, value_dim)(
-                *arrays, plan.few, given, grid=tiles * kv_heads * prefill.heads.slices, **prefill.launch()
-            )
-    if plan.few and plan.parts > 1:
-        _merge_parts(results, row_offsets, plan)
+    elif plan.few:
+        decode = attend_decode.Sizes(head_dim, value_dim)
+        attend_decode.decode_kernel(storage, variant, head_dim, value_dim)(
+            *arrays, results, sequences, heads, plan.few, plan.parts, given,
+            grid=(plan.tiles * kv_heads * decode.slices, plan.parts), **decode.launch(),
+        )  # fmt: skip
+    if plan.parts > 1:
+        _merge_parts(results, row_offsets, 1, plan.few, plan.parts)
+    if plan.prefill and not exact:
+        prefill = attend_prefill.Sizes.of(variant, head_dim, value_dim)
+        tiles = (tokens * group + (prefill.rows - 1) * min(sequences, tokens)) // prefill.rows
+        results = Results(out, lse, *partial.behind(tokens * heads * plan.parts if plan.parts > 1 else 0))
+        attend_prefill.prefill_kernel(storage, variant, head_dim, value_dim)(
+            *arrays, results, sequences, heads, plan.few, plan.prefill, given,
+            grid=(tiles * kv_heads * prefill.heads.slices, plan.prefill), **prefill.launch(),
+        )  # fmt: skip
+        if plan.prefill > 1:
+            _merge_parts(results, row_offsets, plan.few + 1, tokens, plan.prefill)
 
 
 def rotate_and_attend(
@@ -214,28 +235,29 @@ def rotate_and_attend(
         grid=(plan.tiles * kv_heads, plan.parts), **sizes.launch(),
     )  # fmt: skip
     if plan.parts > 1:
-        _merge_parts(results, batch.row_offsets, plan)
+        _merge_parts(results, batch.row_offsets, 1, tokens, plan.parts)
 
 
-def _merge_parts(results: Results, row_offsets: Array, plan: Plan) -> None:
+def _merge_parts(results: Results, row_offsets: Array, least: int, most: int, parts: int) -> None:
     tokens, heads, value_dim = results.out.shape
     merge(
-        results, row_offsets, row_offsets.shape[0] - 1, tokens, heads, value_dim, plan.few, plan.parts,
+        results, row_offsets, row_offsets.shape[0] - 1, tokens, heads, value_dim, least, most, parts,
         grid=tokens * heads, block=MAX_PARTS,
     )  # fmt: skip
 
 
-@kernel("results i64* i32 i32 i32 i32 i32 i32", results=RESULTS)
-def merge(results, row_offsets, sequences, tokens, heads, value_dim, few, parts):  # type: ignore[no-untyped-def]
+@kernel("results i64* i32 i32 i32 i32 i32 i32 i32", results=RESULTS)
+def merge(results, row_offsets, sequences, tokens, heads, value_dim, least, most, parts):  # type: ignore[no-untyped-def]
     """Combine the parts of a row, in the order of their keys: a block for each row, a thread for each part.
 
-    Rows of sequences with more than `few` new tokens have no parts, and are left alone.
+    Rows of sequences with other than least … most new tokens are left alone.
     """
     row, i, warp = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x), uint32(cuda.threadIdx.x >> 5)
-    if few < tokens:
+    if least > 1 or most < tokens:
         token = int32(uint32(row) // uint32(heads))
         sequence = find_sequence(row_offsets, sequences, token)
-        if row_offsets[sequence + 1] - row_offsets[sequence] > few:
+        new = int32(row_offsets[sequence + 1] - row_offsets[sequence])
+        if new < least or new > most:
             return
     peaks, sums = cuda.shared.array(_WARPS, float32), cuda.shared.array(_WARPS, float32)
     weights = cuda.shared.array(MAX_PARTS, float32)

@@ -43,7 +43,27 @@ def test_a_token_attends_in_parts(cupy, kind, before):
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("kind", ["f16", "f32"])
 def test_a_prompt_attends(cupy, kind, mask):
-    Case(kind, 8, 2, 64, 64, (70,), (33,)).check(cupy, mask)
+    """With the keys of its tiles whole, and cut into parts by the capacity, most of which have nothing to do."""
+    case = Case(kind, 8, 2, 64, 64, (70,), (33,), capacity=128)
+    for each in (case, case._replace(capacity=640)):
+        each.check(cupy, mask)
+    assert Plan.of(70, 1, 8, 2, 640).prefill == 10
+
+
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+def test_heads_of_a_wide_group_attend_as_a_prompt_does(cupy, kind):
+    """One token of each sequence, for which others take the kernel for few rows."""
+    case = Case(kind, 40, 1, 64, 64, (1, 1, 3), (200, 0, 70), capacity=640, options=("sinks",))
+    assert Plan.of(5, 3, 40, 1, 640) == (0, 0, 1, 10) and Plan.of(5, 3, 40, 1, 640, exact=True).few == 5
+    case.check(cupy, Causal())
+
+
+def test_room_for_parts_is_there_where_there_are_parts():
+    assert Plan.of(4096, 1, 32, 8, 1 << 17)[2:] == (1, 1)  # a prompt fills the GPU: its results need no second place
+    assert Plan.of(16, 1, 32, 8, 1 << 17)[2:] == (1, 33)
+    assert Plan.of(8, 8, 32, 8, 1 << 17)[2:] == (16, 0)
+    few, tiles, parts, prefill = Plan.of(600, 9, 32, 8, 1 << 17)
+    assert few == 1 and tiles == 9 and parts == 14 and prefill == 1
 
 
 @pytest.mark.parametrize("new", [(50, 1, 0, 9), (1, 130, 1), (0, 6), (2, 0, 0), (1,) * 40 + (5,) * 30, (3, 1, 4, 1, 5)])

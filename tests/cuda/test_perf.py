@@ -16,6 +16,7 @@ def test_every_row_of_the_gpu_script(cupy, monkeypatch):
         weights=1 << 12,
         rotation=1 << 18,
         prompt=20,
+        drafted=7,
         attended=64,
         behind=128,
         sequences=2,
@@ -31,6 +32,7 @@ def test_every_row_of_the_gpu_script(cupy, monkeypatch):
         "20 tokens, int8",
         "20 tokens, fast",
         "2 sequences @ 128, q4_0",
+        "7 tokens @ 128, q8_0",
         "64 tokens",
         "graph",
     ):
