@@ -55,7 +55,7 @@ def compiled(key: str = "", kept: bool = True, **options: Any) -> Callable[[Call
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = generated(key, nogil=True, **options)(function)
+        dispatcher = generated(key, **{"nogil": True, "no_cpython_wrapper": False, **options})(function)
         name = "-".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
         directory = cache_directory() if kept else None
         if directory is not None:
@@ -63,6 +63,11 @@ def compiled(key: str = "", kept: bool = True, **options: Any) -> Callable[[Call
         return dispatcher
 
     return decorate
+
+
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # no way in but from compiled code: nothing to compile
+helper = functools.partial(numba.njit, **_INNER)
+"""Compiles a function that kernels alone call.  Python can't."""
 
 
 def generated(key: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -74,7 +79,7 @@ def generated(key: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     It becomes part of what calls it, since a call with arrays costs as much as a kernel's work for hundreds of columns:
     without options as Python, which spares compiling it on its own, else by LLVM, so that its options count.
     """
-    how: dict[str, Any] = {"forceinline": True, **options} if options else {"inline": "always"}
+    how: dict[str, Any] = {"forceinline": True, **_INNER, **options} if options else {"inline": "always"}
 
     def decorate(function: Callable[..., Any]) -> Any:
         named = FunctionType(

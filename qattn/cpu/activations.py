@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from qattn.cpu._jit import generated
+from qattn.cpu._jit import generated, helper
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.scratch import scratch
 from qattn.cpu.simd import Emitter, Pointer, Value, micro_kernel
@@ -147,7 +147,7 @@ def _row_kernels(zero: int, parts: int) -> tuple[Any, Any]:
 OUTLIER = np.float32(12)  # times the root mean square of a row: few cells have one, and they cause most of the error
 
 
-@numba.njit
+@helper
 def _find_outliers(x, top, outliers, second):  # type: ignore[no-untyped-def]
     """Mark the cells that have an outlier in the rows from `top`, and give those marked in any row a second slot.
 

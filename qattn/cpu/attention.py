@@ -28,7 +28,7 @@ import numpy as np
 from qattn._meaning import is_ours, mask_key
 from qattn.cache_types import BLOCK
 from qattn.cpu import attend_sides, attend_tiles
-from qattn.cpu._jit import generated
+from qattn.cpu._jit import generated, helper
 from qattn.cpu.attend_tiles import KEY_BLOCK, LOG2E
 from qattn.cpu.attend_tiles import Storage as Storage
 from qattn.cpu.kernel import Kernel, kernel, share
@@ -76,7 +76,7 @@ class _Scratch(NamedTuple):
     constants: np.ndarray
 
 
-@numba.njit
+@helper
 def _scratch(rows, row_words, slices, head_dim):  # type: ignore[no-untyped-def]
     rows += LANES  # since the last block may reach further
     weights = aligned(4 * rows * KEY_BLOCK).view(np.float32)
@@ -107,7 +107,7 @@ def tokens_per_job(group):  # type: ignore[no-untyped-def]
     return max(1, _ROWS // (group * unit) * unit) if group * unit <= _ROWS else max(1, _ROWS // group)
 
 
-@numba.njit
+@helper
 def _plan(row_offsets, ranges, counts, kv_heads, group):  # type: ignore[no-untyped-def]
     """The jobs of a ragged batch: (jobs, 8) of sequence, KV head, token, tokens, first key, end key, partial row, part.
 

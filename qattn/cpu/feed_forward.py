@@ -6,10 +6,9 @@ import functools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 
-from qattn.cpu._jit import generated
+from qattn.cpu._jit import generated, helper
 from qattn.cpu.attend_tiles import cap
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES, micro_kernel
@@ -55,7 +54,7 @@ def _gated_kernel(activation: str) -> Any:
     return run
 
 
-@numba.njit
+@helper
 def _norm_row(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
     vectors = x.size // LANES
     total = np.zeros(1, np.float32)

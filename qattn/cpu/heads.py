@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
+from qattn.cpu._jit import helper
 from qattn.cpu.kernel import kernel, share
 
 GATES = ("sigmoid", "softplus")
@@ -30,14 +30,14 @@ def finish(out, factor, bias, limit, part, parts):  # type: ignore[no-untyped-de
                 out[row, column] = min(max(out[row, column], -limit[column]), limit[column])
 
 
-@numba.njit
+@helper
 def _center(x):  # type: ignore[no-untyped-def]
     mean = x.sum() / np.float32(x.size)
     for i in range(x.size):
         x[i] -= mean
 
 
-@numba.njit(fastmath={"reassoc", "contract"})
+@helper(fastmath={"reassoc", "contract"})
 def _mean_square(x):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for i in range(x.size):
@@ -97,7 +97,7 @@ def hadamard(x, first, heads, size, part, parts):  # type: ignore[no-untyped-def
                 piece[i] *= norm
 
 
-@numba.njit
+@helper
 def _gate(value, function):  # type: ignore[no-untyped-def]
     if function == 1:  # softplus, without overflow
         return np.float32(max(value, np.float32(0)) + math.log1p(math.exp(-abs(value))))

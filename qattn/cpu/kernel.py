@@ -90,7 +90,9 @@ class Kernel:
         with compiling:
             if given not in self.thunks:
                 kept = f"{self.name}-{hashlib.sha256(str(given).encode()).hexdigest()[:12]}"
-                thunk = compiled(kept, self._kept, forceinline=False)(_thunk(self._body, given))
+                thunk = compiled(kept, self._kept, forceinline=False, no_cpython_wrapper=True)(
+                    _thunk(self._body, given)
+                )
                 thunk.compile(_THUNK)
                 self.thunks[given] = thunk
             made = self.thunks[given].overloads[_THUNK]

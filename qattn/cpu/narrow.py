@@ -8,11 +8,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numba
 import numpy as np
 
 from qattn.cache_types import BLOCK, CacheType
-from qattn.cpu._jit import generated
+from qattn.cpu._jit import generated, helper
 from qattn.cpu.simd import LANES, Emitter, Value, micro_kernel
 
 
@@ -47,14 +46,14 @@ def narrow_kernel(kind: str) -> Any:
     return run
 
 
-@numba.njit
+@helper
 def _inverse(scale):  # type: ignore[no-untyped-def]
     """1 / scale, or 0 where that is infinite."""
     inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
     return inverse if abs(inverse) < np.inf else np.float32(0)
 
 
-@numba.njit
+@helper
 def _peak(x):  # type: ignore[no-untyped-def]
     """The element of largest magnitude, the first of equals."""
     largest, peak = np.float32(0), np.float32(0)

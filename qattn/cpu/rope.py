@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 
-import numba
 import numpy as np
 
 from qattn.cache_types import BLOCK
-from qattn.cpu._jit import generated
+from qattn.cpu._jit import generated, helper
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES
 from qattn.cpu.store import store
 
 
-@numba.njit
+@helper
 def _rotate(x, out, cos, sin, neox):  # type: ignore[no-untyped-def]
     """out = x with its first 2 · len(cos) elements rotated in pairs (2i, 2i + 1), or (i, i + len(cos)) if neox."""
     half = cos.size
@@ -27,7 +26,7 @@ def _rotate(x, out, cos, sin, neox):  # type: ignore[no-untyped-def]
         out[i] = x[i]
 
 
-@numba.njit
+@helper
 def _rotate_row(x, cos, sin, neox, out):  # type: ignore[no-untyped-def]
     """out[h] = head h of a row rotated, where the heads lie side by side at the beginning of x."""
     size = out.shape[1]

@@ -6,12 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from qattn import cache_types
 from qattn.cache_types import BLOCK, LARGEST_F16, CacheType
-from qattn.cpu._jit import generated
+from qattn.cpu._jit import generated, helper
 from qattn.cpu.attend_codes import SCALES, cell_bytes
 from qattn.cpu.attend_tiles import pack
 from qattn.cpu.narrow import block_rounder, narrow_kernel
@@ -45,7 +44,7 @@ def _floats(kind: str, of_keys: bool) -> Store:
     def room(size):  # type: ignore[no-untyped-def]
         return np.zeros((size + LANES - 1) // LANES * LANES, element)
 
-    @generated(name)
+    @generated(name, _nrt=False)
     def put(x, size, tile, lane, narrowed):  # type: ignore[no-untyped-def]
         if clamps:  # 0, which the values of hidden keys are multiplied with, would not hide infinity
             _clamp(x, most)
@@ -71,7 +70,7 @@ def _codes(type_: CacheType, of_keys: bool) -> Store:
         factors = np.zeros(vectors * LANES, np.float32), np.zeros(vectors * LANES, np.uint16)
         return np.zeros(BLOCK, np.uint8), factors[0], factors[1]
 
-    @generated(name)
+    @generated(name, _nrt=False)
     def put(x, size, tile, lane, room):  # type: ignore[no-untyped-def]
         codes, factors, narrowed = room
         _clamp(x, np.float32(LARGEST_F16))
@@ -87,7 +86,7 @@ def _codes(type_: CacheType, of_keys: bool) -> Store:
     return Store(room, put)
 
 
-@numba.njit
+@helper
 def _clamp(x, most):  # type: ignore[no-untyped-def]
     for d in range(x.size):
         x[d] = min(max(x[d], -most), most)
