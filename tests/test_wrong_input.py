@@ -9,10 +9,11 @@ import pytest
 
 import qattn
 from qattn import CacheError, KVCache, KVCacheParams, PagedKVCache, masks
+from qattn._meaning import mask_key
 from qattn.architectures import Gate, Norm
 from qattn.introspect import ablated
 from qattn.models import Decoder, Model
-from tests import tiny_model
+from tests import reference, tiny_model
 from tests.reference import nmse
 from tests.strategies import normal
 from tests.test_kv_machine import HIDDEN, PARAMS, ROPE, layer
@@ -167,24 +168,27 @@ def test_a_large_value_harms_nobody_else(dtype):
     assert np.isfinite(got).all() and nmse(got[:8], want) < 1e-9
 
 
-def test_masks_are_asked_about_keys_that_there_are():
-    """A table that a function reads has a row for each query, and a column for each key."""
-    table = np.ones((5, 5), np.int64)
+def test_masks_are_asked_about_keys_that_there_are_and_may_raise():
+    """A table that a function reads has a column for each key.  What it raises reaches the caller."""
+    table = np.ones(5, np.int64)
 
     def sees(query, key):
-        if key >= 5 or query >= 5:
-            raise ValueError
-        return table[query, key] > 0
+        if key >= 5:
+            raise KeyError("key 5 or later")
+        return table[key] > 0
 
-    q = normal((5, 2, 8))
-    assert nmse(qattn.attention(q, q, q, mask=masks.from_function(sees)), qattn.attention(q, q, q, mask="null")) < 1e-12
+    mask, q, k = masks.from_function(sees), normal((5, 2, 8)), normal((2000, 2, 8))
+    assert nmse(qattn.attention(q, q, q, mask=mask), qattn.attention(q, q, q, mask="null")) < 1e-12
+    with pytest.raises(KeyError, match="key 5 or later"):
+        qattn.attention(q[:1], k, k, mask=mask)  # in parts
 
 
 def test_a_mask_that_reads_beyond_its_table_is_an_error():
-    table, q = np.arange(4), normal((50, 1, 16))
-    for sees in (lambda i, j: table[i] == table[j], lambda i, j: table[i * 10**9] >= table[j]):
+    table, q = np.arange(4), normal((5, 1, 16))
+    mask = masks.from_function(lambda i, j: table[i if i == 4 else i * 10**9] == table[j])
+    for keys in (5, 2):  # the query sees one element beyond, or far
         with pytest.raises(IndexError):
-            qattn.attention(q, q, q, mask=masks.from_function(sees))
+            qattn.attention(q[:1], q[:keys], q[:keys], mask=mask)
 
 
 def test_a_mask_is_what_its_function_refers_to_when_it_is_made():
@@ -193,13 +197,16 @@ def test_a_mask_is_what_its_function_refers_to_when_it_is_made():
     def sees(query, key):
         return key <= query and table[query] == table[key]
 
-    first = masks.from_function(sees)
-    before = qattn.attention(q, q, q, mask=first)
+    first, places = masks.from_function(sees), np.arange(9)
     table[5:] = 1
-    after = qattn.attention(q, q, q, mask=masks.from_function(sees))
-    assert np.array_equal(before[:5], after[:5]) and not np.array_equal(before[5:], after[5:])
-    places = np.arange(9)
+    second = masks.from_function(sees)
+    assert mask_key(type(first)) != mask_key(type(second))
     assert np.array_equal(masks.visible(first, places, places), np.tri(9, dtype=bool))
+    seen = masks.visible(second, places, places)
+    assert np.array_equal(seen, np.tri(9, dtype=bool) & (table[:, None] == table))
+    table[:] = 0
+    want, _ = reference.attention(q, q, q, 0.25, seen)
+    assert nmse(qattn.attention(q, q, q, mask=second), want) < 1e-10
 
 
 class Far(NamedTuple):
@@ -289,17 +296,6 @@ def test_a_failing_step_leaves_no_tokens():
             attn(x[3:], mask=masks.from_function(fails))
         assert len(attn.kv_cache) == 3
     assert all(np.array_equal(a, b) for a, b in zip(attn.kv_cache.read(), (keys, values), strict=True))
-
-
-def test_what_a_mask_function_raises_reaches_the_caller():
-    def fails(query, key):
-        if key == 700:
-            raise KeyError("key 700")
-        return True
-
-    q, k = normal((1, 2, 16)), normal((2000, 2, 16))
-    with pytest.raises(KeyError, match="key 700"):
-        qattn.attention(q, k, k, mask=masks.from_function(fails))  # in parts
 
 
 def test_edits_let_no_page_of_a_window_go():

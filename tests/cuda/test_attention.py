@@ -50,10 +50,10 @@ def test_a_prompt_attends(cupy, kind, mask):
     assert Plan.of(70, 1, 8, 2, 640).prefill == 10
 
 
-@pytest.mark.parametrize("kind", ["f16", "f32"])
-def test_heads_of_a_wide_group_attend_as_a_prompt_does(cupy, kind):
-    """One token of each sequence, for which others take the kernel for few rows."""
-    case = Case(kind, 40, 1, 64, 64, (1, 1, 3), (200, 0, 70), capacity=640, options=("sinks",))
+@pytest.mark.parametrize(("kind", "head_dim", "value_dim"), [("f16", 576, 512), ("f32", 64, 64)])
+def test_heads_of_a_wide_group_attend_as_a_prompt_does(cupy, kind, head_dim, value_dim):
+    """As in multi-head latent attention: few tokens, for which others take the kernel for few rows."""
+    case = Case(kind, 40, 1, head_dim, value_dim, (1, 1, 3), (200, 0, 70), capacity=640, options=("sinks",))
     assert Plan.of(5, 3, 40, 1, 640) == (0, 0, 1, 10) and Plan.of(5, 3, 40, 1, 640, exact=True).few == 5
     case.check(cupy, Causal())
 
@@ -186,13 +186,14 @@ STEPS = [
     Step(8, 2, 64, 64, (1, 1, 1), (70, 0, 300), RotaryEmbedding(64)),
     Step(3, 1, 72, 90, (1, 1), (64, 63), RotaryEmbedding(32, pairing="neox"), extra=5),
     Step(20, 1, 128, 128, (1,), (190,), RotaryEmbedding(128)),
+    Step(4, 2, 128, 128, (1, 1), (70, 300), RotaryEmbedding(64)),
 ]
 
 
 @pytest.mark.parametrize(
     ("kind", "step", "mask", "options", "page"),
     [
-        ("f16", STEPS[0], Causal(), (), 0), ("f16", STEPS[0], Causal(), OPTIONS, 192),
+        ("f16", STEPS[0], Causal(), (), 0), ("f16", STEPS[3], Strided(3), OPTIONS, 192),
         ("f16", STEPS[0], Before(400), ("sinks",), 64), ("bf16", STEPS[1], Strided(3), ("one bias",), 64),
         ("bf16", STEPS[2], Causal(), (), 0), ("bf16/f16", STEPS[1], Window(37), (), 0),
     ],

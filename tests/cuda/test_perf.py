@@ -10,7 +10,7 @@ def test_every_row_of_the_gpu_script(cupy, monkeypatch):
     from cases import Shape
 
     sizes = gpu.Sizes(
-        shape=Shape(256, 4, 2, 64),
+        shape=Shape(256, 2, 1, 128),
         copied=1 << 12,
         square=16,
         weights=1 << 12,
