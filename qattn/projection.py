@@ -60,7 +60,8 @@ class Projection:
         self._limit: Any = None
         if config.clamp_qkv is not None:  # of the gate, which comes last, nothing is clamped
             gated = np.arange(len(factor)) >= len(factor) - self._gate_rows(names)
-            self._limit = devices.asarray(np.where(gated, np.inf, config.clamp_qkv).astype(np.float32), device)
+            limit = np.where(gated, np.finfo(np.float32).max, config.clamp_qkv)  # kernels' fast math knows no infinity
+            self._limit = devices.asarray(limit.astype(np.float32), device)
         self._packed = PackedMatrix(self.wqkv).to(device)
 
     def _names(self, state: State) -> dict[str, int]:

@@ -22,7 +22,7 @@ def maybe(draw, array):
 )  # fmt: skip
 def test_finish_rounds_as_float32_does(cupy, tokens, n, factor, bias, limit):
     x, factor, bias = normal((tokens, n)), maybe(factor, normal(n, 1)), maybe(bias, normal(n, 2))
-    out, limit = cupy.asarray(x), maybe(limit, np.resize(np.array([0, 0.7, np.inf], np.float32), n))
+    out, limit = cupy.asarray(x), maybe(limit, np.resize(np.array([0, 0.7, 3e38], np.float32), n))
     heads.finish(out, *(a if a is None else cupy.asarray(a) for a in (factor, bias, limit)))
     want = x if factor is None else x * factor
     want = want if bias is None else want.astype(np.float64) + bias
