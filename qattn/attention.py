@@ -265,7 +265,8 @@ class AttentionWithRope(Watched):
             Sequence s of the cache gets the tokens row_offsets[s] to row_offsets[s + 1] - 1.
         positions : (tokens,) integers, optional
             Of the rotary embedding, of biases by distance, and of masks; by default they follow on those of the
-            sequence, from 0.  With the sections of a multi-section embedding (sections, tokens).
+            sequence, from 0.  With the sections of a multi-section embedding (sections, tokens).  Cross attention that
+            rotates needs them, since its cache knows those of another sequence.
         mask : array, str, MHAMaskVariant or mask, optional
             An array (tokens, keys) or (tokens, heads, keys), beside the layer's own mask: booleans say which keys of
             its sequence a token sees, floats are added to the scores.  `keys` are those of the longest sequence, the
@@ -328,6 +329,8 @@ class AttentionWithRope(Watched):
         ------
         ValueError
             If this is no layer of cross attention, or the shape is wrong.
+        DeviceError, CacheError
+            As in a call.
         """
         w = self._loaded()
         if w.memory is None:
@@ -395,8 +398,8 @@ class AttentionWithRope(Watched):
         else:
             rotation, rows = self.rope.rotation_at(at, self.device)
         if heat is not None:
-            latest = at if at.ndim == 1 else at.max(axis=0)
-            rotation = rotation._replace(heat=heat.table(len(rotation.cos)) if rows is at else heat.of(latest))
+            own = heat.table(len(rotation.cos)) if rows is at else heat.of(at if at.ndim == 1 else at[0])
+            rotation = rotation._replace(heat=own)
         return batch._replace(angles=rows), at, rotation
 
     def _check_input(self, x: Any, cache: SequenceCache, row_offsets: Any) -> tuple[Array, Array]:

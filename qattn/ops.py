@@ -114,6 +114,7 @@ def affine_each(x: Array, matrix: PackedMatrix, *, precision: Precision = "fast"
     """x[:, h] @ head h of matrix.T, for each head: x (tokens, heads, columns) float32 → (tokens, heads, rows).
 
     matrix : (heads · rows, columns), `divisible` into heads
+    precision : as in `matmul`, but that "fast" is "int8" here
     """
     tokens, heads, _ = x.shape
     with devices.current(matrix.device):
@@ -188,20 +189,26 @@ def token_positions(positions: Any, tokens: int, rotary: RotaryEmbedding | None 
 
 
 def store(
-    kv: Array, cache: SequenceCache, row_offsets: Array, rotation: Rotation | None = None, angles: Array | None = None
+    kv: Array,
+    cache: SequenceCache,
+    row_offsets: Array | None = None,
+    rotation: Rotation | None = None,
+    angles: Array | None = None,
 ) -> None:
     """Append keys and values, (tokens, n_kv_heads · (head_dim + value_dim)) float32, to a cache.
 
-    row_offsets : (sequences + 1,) int64, whose tokens they are
+    row_offsets : (sequences + 1,) int64, whose tokens they are; not needed for a cache of one sequence
     rotation, angles : what keys turn by, and (tokens,) int64, its rows for them; they stay as they are without
     """
-    xp, count, lengths = namespace(kv), len(kv), cache.lengths + np.diff(row_offsets)
+    xp, count = namespace(kv), len(kv)
+    offsets = np.array([0, count]) if row_offsets is None else row_offsets
+    lengths = cache.lengths + np.diff(offsets)
     cache.reserve(lengths)
     if rotation is None or angles is None:
         rotation, angles = Rotation.none(1, cache.device), np.zeros(count, np.int64)
-    batch = Batch.appended(lengths, row_offsets)._replace(angles=angles).to(cache.device)
+    batch = Batch.appended(lengths, offsets)._replace(angles=angles).to(cache.device)
     no_queries = xp.empty((count, 0, cache.params.head_dim), np.float32)
-    with cache.appending(lengths, row_offsets):
+    with cache.appending(lengths, offsets):
         backends.of(kv).rotate_and_store(kv, rotation, batch, cache, no_queries)
     cache.note(lengths)
 

@@ -16,7 +16,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Projection:
-    """clamp(x @ wqkv.T · factor + bias).
+    """clamp(x @ wqkv.T · factor + bias); a gate is not clamped.
 
     Parameters
     ----------

@@ -109,8 +109,8 @@ def _prepared(c, t, heads, name):
 
 def _temperature(temperature, positions):
     length, scale, offset = temperature
-    latest = positions if positions.ndim == 1 else positions.max(axis=0)
-    return 1 + scale * np.log(1 + np.floor((latest + offset) / length))
+    first = positions if positions.ndim == 1 else positions[0]
+    return 1 + scale * np.log(1 + np.floor((first + offset) / length))
 
 
 def _norm(x, norm, weight=None, bias=None):

@@ -215,7 +215,7 @@ def test_a_memory_may_have_positions_of_its_own():
     assert nmse(attn(x, positions=np.arange(9)), want) > 1e-6
 
 
-def test_of_several_positions_temperatures_go_by_the_largest():
+def test_of_several_positions_temperatures_go_by_the_first():
     rope = qattn.RotaryEmbedding(8, sections=(2, 1, 1))
     config, tensors = plain(temperature=Temperature(4, 0.5), rope=rope)
     attn, x = loaded(config, tensors), normal((9, HIDDEN), 1)

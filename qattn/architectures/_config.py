@@ -27,7 +27,7 @@ class Norm(NamedTuple):
 class Temperature(NamedTuple):
     """Queries grow with the position p: they are multiplied by 1 + scale · log(1 + floor((p + offset) / length)).
 
-    Of several positions of a token, p is the largest.
+    Of several positions of a token, p is the first, as in llama.cpp.
     """
 
     length: float

@@ -189,7 +189,7 @@ def rotate_and_attend(
 ) -> None:
     """out (tokens, heads, value_dim) = attention of projected rows, which are rotated and appended to the cache.
 
-    One launch, and a small one that merges parts, where each sequence has one token and the cache is of 16 bits.
+    One launch, and a small one that merges parts, where each sequence has one token and `fuses` takes the cache.
     """
     storage, (tokens, heads, value_dim) = _storage(cache.params, exact), out.shape
     group = heads // cache.params.n_kv_heads

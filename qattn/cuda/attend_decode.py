@@ -39,6 +39,7 @@ from qattn.cuda.attend_tiles import (
     inverse,
     leave_empty,
     natural_lse,
+    part_lse,
     part_of,
     quad_max,
     quad_sum,
@@ -324,9 +325,9 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
 
     @device
     def finish(  # type: ignore[no-untyped-def]
-        o, state, shared, token, group, heads, first_head, first_row, last_row, column, part, parts, results
+        o, state, shared, token, place, group, heads, first_head, first_row, last_row, column, part, parts, results
     ):
-        """Join the warps' results, and write the rows."""
+        """Join the warps' results, and write the rows; those of parts lie as if tokens began at `place`."""
         warp, r, c = uint32(cuda.threadIdx.x >> 5), uint32(cuda.threadIdx.x >> 2 & 7), uint32(cuda.threadIdx.x & 3)
         peaks, totals = shared[peaks_at : peaks_at + warps * ROWS], shared[peaks_at + warps * ROWS :]
         total0, total1 = quad_sum(state[2]), quad_sum(state[3])
@@ -354,13 +355,12 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
                     whole = float32(whole + totals[at] * ptx.exp2(float32(peaks[at] - peak)))
                     value = float32(value + shared[uint32(sums_at + w * size + i)])
                 value = float32(value * inverse(whole))
-                to = row_at(token, flat, group, heads, first_head)
+                to = row_at(place if parts > 1 else token, flat, group, heads, first_head)
                 if parts > 1:
                     to = to * parts + part
                     results.parts_out[to * value_dim + d] = value
                     if d == 0:
-                        each = float32(peak + ptx.log2(whole)) if whole > float32(0) else float32(EMPTY)
-                        results.parts_lse[to] = each
+                        results.parts_lse[to] = part_lse(peak, whole)
                 else:
                     results.out[to * value_dim + d] = value
                     if d == 0:
@@ -397,6 +397,7 @@ def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: 
             return
         token, length, first_head = row_offsets[sequence], int32(lengths[sequence]), int32(head * group)
         new = int32(row_offsets[sequence + 1] - token)
+        place = int64(sequence) if few == 1 else token  # of parts, which then have room for a token of each sequence
         first_row, last_row = int32(tile * ROWS), int32(new * group - 1)
 
         # What rows r and r + 8 see, and the block's part of what its rows see.
@@ -406,7 +407,7 @@ def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: 
         first1, end1 = bounds(given, int32(before + uint32(row1) // uint32(group)), length)
         first, end = part_of(row_min(min(first0, first1)), row_max(max(end0, end1)), part, parts)
         if parts > 1 and first >= end and part >= sinking:
-            leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, results)
+            leave_empty(place, group, heads, first_head, first_row, last_row, part, parts, results)
             return
 
         row, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
@@ -428,6 +429,8 @@ def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: 
             cache, sequence, head, column, first, end, int32(max(first0, first)), int32(min(end0, end)),
             int32(max(first1, first)), int32(min(end1, end)), part, given, rows, shared, o, state,
         )  # fmt: skip
-        finish(o, state, shared, token, group, heads, first_head, first_row, last_row, column, part, parts, results)
+        finish(
+            o, state, shared, token, place, group, heads, first_head, first_row, last_row, column, part, parts, results
+        )
 
     return decode

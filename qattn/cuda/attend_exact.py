@@ -16,9 +16,8 @@ from numba import cuda, float32, int32, int64, uint32
 
 from qattn.cuda import ptx
 from qattn.cuda.attend_codes import element_of, stride_of
-from qattn.cuda.attend_tiles import RESULTS, find_tile, inverse, natural_lse, part_of, row_at
+from qattn.cuda.attend_tiles import RESULTS, find_tile, inverse, natural_lse, part_lse, part_of, row_at
 from qattn.cuda.attend_variant import (
-    EMPTY,
     GIVEN,
     HIDDEN,
     Storage,
@@ -220,10 +219,11 @@ def exact_kernel(storage: Storage, variant: Variant) -> Kernel:
             if first_row + row + m <= last_row:
                 to = targets[m]
                 if parts > 1:
-                    to = targets[m] * parts + part
+                    if few == 1:
+                        to += (sequence - row_offsets[sequence]) * heads
+                    to = to * parts + part
                     if lane == 0:
-                        each = float32(peak[m] + ptx.log2(whole)) if whole > float32(0) else float32(EMPTY)
-                        results.parts_lse[to] = each
+                        results.parts_lse[to] = part_lse(peak[m], whole)
                 elif lane == 0:
                     results.lse[to] = natural_lse(peak[m], whole)
                 each = inverse(whole)

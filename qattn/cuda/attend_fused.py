@@ -105,6 +105,21 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
             row_of(given, row_at(token, int32(min(r + 8, last_row)), group, heads, first_head), heads, shift),
         )
         walk(cache, slot, head, uint32(0), first, end, low, high, low, high, part, given, rows, shared, o, state)
-        finish(o, state, shared, token, group, heads, first_head, first_row, last_row, uint32(0), part, parts, results)
+        finish(
+            o,
+            state,
+            shared,
+            token,
+            token,
+            group,
+            heads,
+            first_head,
+            first_row,
+            last_row,
+            uint32(0),
+            part,
+            parts,
+            results,
+        )
 
     return fused

@@ -40,6 +40,7 @@ from qattn.cuda.attend_tiles import (
     find_tile,
     inverse,
     natural_lse,
+    part_lse,
     part_of,
     quad_max,
     quad_sum,
@@ -335,14 +336,13 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
                 out, to = results.out, target
                 if parts > 1:
                     out, to = results.parts_out, target * parts + part
-                if parts == 1 or total > float32(0):
+                if parts == 1 or ptx.bits_of(total) != 0:  # NaN, too
                     for i in range(0, sums, 4):
                         at, d = sums * (row // 2) + 2 * (row % 2) + i, uint32(column + 2 * (lane & 3) + uint32(2 * i))
                         write(out, to * value_dim, d, float32(o[at] * each), float32(o[at + 1] * each))
                 if lane & 3 == 0 and column == 0:
                     if parts > 1:
-                        seen_any = total > float32(0)
-                        results.parts_lse[to] = float32(peaks[row] + ptx.log2(total)) if seen_any else float32(EMPTY)
+                        results.parts_lse[to] = part_lse(peaks[row], total)
                     else:
                         results.lse[target] = natural_lse(peaks[row], total)
 

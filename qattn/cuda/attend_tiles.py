@@ -139,6 +139,12 @@ def natural_lse(peak, total):  # type: ignore[no-untyped-def]
 
 
 @device
+def part_lse(peak, total):  # type: ignore[no-untyped-def]
+    """What a part tells `merge`: the logarithm of its sum in units of log 2, `EMPTY` if it saw nothing, or NaN."""
+    return float32(peak + ptx.log2(total)) if ptx.bits_of(total) != 0 else float32(EMPTY)
+
+
+@device
 def inverse(total):  # type: ignore[no-untyped-def]
     """1 / total, or 0 where nothing was seen."""
     return float32(1) / total if total > float32(0) else float32(0)

@@ -35,9 +35,10 @@ of its keys alone.  A step's keys lie in one page, since pages come in 64s of to
     Everything in float32, for float32 caches, heads that the others don't take, and where float32 is asked for.
 
 A step of one token for each sequence has a fourth, `attend_fused`, which is `attend_decode` that rotates and stores the
-token as well, in a cache of 16 bits.  All but the exact one round queries to bfloat16 for keys in bfloat16 and to
-float16 for others, weights likewise for values, and sum in float32: with float16, a scaled query must stay below 65504.
-Codes become float16 on the way (`qattn.cuda.attend_codes`).  They take keys of up to 640 elements, values of any size.
+token as well, in a cache of 16 bits, for groups of up to 32 heads.  All but the exact one round queries to bfloat16 for
+keys in bfloat16 and to float16 for others, weights likewise for values, and sum in float32: with float16, a scaled
+query must stay below 65504.  Codes become float16 on the way (`qattn.cuda.attend_codes`).  They take keys of up to 640
+elements, values of any size.
 
 The host never reads what is on the device.  How many new tokens and keys a sequence has, only the kernels know; grids
 and the number of parts come from shapes and the cache's capacity.  A block finds its sequence in `row_offsets`, and
@@ -65,7 +66,7 @@ WIDE = 2 * attend_decode.ROWS  # heads of a group beyond which one token has row
 MAX_PARTS = 128  # of a tile's keys: a thread each in `merge`
 _WARPS = MAX_PARTS // 32
 _BLOCKS = 1024  # that keep the largest GPU busy: 132 multiprocessors, two to four blocks each, two rounds or more
-_PREFILL_BLOCKS = 264  # likewise; they have long ways to go, and results of parts are large: one round of two blocks
+_PREFILL_BLOCKS = 264  # likewise, of 128 rows: they have long ways to go, and leave large results, so one round will do
 Array = Any
 
 
@@ -102,6 +103,8 @@ class Plan(NamedTuple):
     """Into how many parts their keys are cut at most."""
     prefill: int
     """Into how many parts the keys of others are cut at most; 0: there are no sequences with more new tokens."""
+    room: tuple[int, int]
+    """Results of parts that there are at most, of either way."""
 
     @classmethod
     def of(cls, tokens: int, sequences: int, heads: int, kv_heads: int, capacity: int, exact: bool = False) -> Plan:
@@ -119,15 +122,19 @@ class Plan(NamedTuple):
         def parts(blocks: int, tiles: int) -> int:
             return max(1, min(blocks // max(tiles * kv_heads, 1), capacity // SPLIT_BLOCK, MAX_PARTS))
 
-        prefill = 0 if few == tokens else 1 if exact else parts(_PREFILL_BLOCKS, others)
-        return cls(few, tiles, parts(_BLOCKS, tiles) if few else 1, prefill)
+        mine, theirs = parts(_BLOCKS, tiles) if few else 1, parts(_PREFILL_BLOCKS, others)
+        theirs = 0 if few == tokens else 1 if exact else theirs
+        # One token each of some sequences, beside prompts of others, needs no room for those prompts' tokens.
+        room = ((sequences if few == 1 else tokens) * heads * mine, tokens * heads * theirs)
+        return cls(few, tiles, mine, theirs, (room[0] if mine > 1 else 0, room[1] if theirs > 1 else 0))
 
 
 class Partial(NamedTuple):
     """Results of the parts that a row's keys are cut into, normalized each; rows are tokens · heads."""
 
     out: Array
-    """(n, value_dim) float32: (rows, parts) of the decode way, and behind them those of the other."""
+    """(n, value_dim) float32: (rows, parts) of the decode way, and behind them those of the other.  If the first has
+    one token for each sequence at most, its rows are sequences · heads."""
     lse: Array
     """(n,) float32, in units of log 2."""
 
@@ -137,9 +144,8 @@ class Partial(NamedTuple):
         import cupy
 
         shape = tokens, sequences, heads, cache.keys.shape[1], cache.capacity
-        plans = [Plan.of(*shape, exact) for exact in (False, True)]
-        rows = tokens * heads * max(sum(n for n in (plan.parts, plan.prefill) if n > 1) for plan in plans)
-        return cls(cupy.empty((rows, cache.value_dim), "f4"), cupy.empty(rows, "f4"))
+        count = max(sum(Plan.of(*shape, exact).room) for exact in (False, True))
+        return cls(cupy.empty((count, cache.value_dim), "f4"), cupy.empty(count, "f4"))
 
     def behind(self, count: int) -> Partial:
         """What is left behind the first `count`."""
@@ -197,11 +203,11 @@ def attend(
             grid=(plan.tiles * kv_heads * decode.slices, plan.parts), **decode.launch(),
         )  # fmt: skip
     if plan.parts > 1:
-        _merge_parts(results, row_offsets, 1, plan.few, plan.parts)
+        _merge_parts(results, row_offsets, 1, plan.few, plan.parts, by_sequence=plan.few == 1)
     if plan.prefill and not exact:
         prefill = attend_prefill.Sizes.of(variant, head_dim, value_dim)
         tiles = (tokens * group + (prefill.rows - 1) * min(sequences, tokens)) // prefill.rows
-        results = Results(out, lse, *partial.behind(tokens * heads * plan.parts if plan.parts > 1 else 0))
+        results = Results(out, lse, *partial.behind(plan.room[0]))
         attend_prefill.prefill_kernel(storage, variant, head_dim, value_dim)(
             *arrays, results, sequences, heads, plan.few, plan.prefill, given,
             grid=(tiles * kv_heads * prefill.heads.slices, plan.prefill), **prefill.launch(),
@@ -238,32 +244,40 @@ def rotate_and_attend(
         _merge_parts(results, batch.row_offsets, 1, tokens, plan.parts)
 
 
-def _merge_parts(results: Results, row_offsets: Array, least: int, most: int, parts: int) -> None:
+def _merge_parts(
+    results: Results, row_offsets: Array, least: int, most: int, parts: int, *, by_sequence: bool = False
+) -> None:
     tokens, heads, value_dim = results.out.shape
     merge(
-        results, row_offsets, row_offsets.shape[0] - 1, tokens, heads, value_dim, least, most, parts,
+        results, row_offsets, row_offsets.shape[0] - 1, tokens, heads, value_dim, least, most, parts, int(by_sequence),
         grid=tokens * heads, block=MAX_PARTS,
     )  # fmt: skip
 
 
-@kernel("results i64* i32 i32 i32 i32 i32 i32 i32", results=RESULTS)
-def merge(results, row_offsets, sequences, tokens, heads, value_dim, least, most, parts):  # type: ignore[no-untyped-def]
+@kernel("results i64* i32 i32 i32 i32 i32 i32 i32 i32", results=RESULTS)
+def merge(  # type: ignore[no-untyped-def]
+    results, row_offsets, sequences, tokens, heads, value_dim, least, most, parts, by_sequence
+):
     """Combine the parts of a row, in the order of their keys: a block for each row, a thread for each part.
 
     Rows of sequences with other than least … most new tokens are left alone.
+    by_sequence : parts are those of sequences · heads
     """
     row, i, warp = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x), uint32(cuda.threadIdx.x >> 5)
-    if least > 1 or most < tokens:
+    place = row
+    if least > 1 or most < tokens or by_sequence:
         token = int32(uint32(row) // uint32(heads))
         sequence = find_sequence(row_offsets, sequences, token)
         new = int32(row_offsets[sequence + 1] - row_offsets[sequence])
         if new < least or new > most:
             return
+        if by_sequence:
+            place = int32(row + (sequence - token) * heads)
     peaks, sums = cuda.shared.array(_WARPS, float32), cuda.shared.array(_WARPS, float32)
     weights = cuda.shared.array(MAX_PARTS, float32)
     mine = float32(EMPTY)
     if i < parts:
-        mine = results.parts_lse[int64(row) * parts + i]
+        mine = results.parts_lse[int64(place) * parts + i]
     largest, lane = warp_max(mine), int32(i & 31)
     if lane == 0:
         peaks[warp] = largest
@@ -271,7 +285,7 @@ def merge(results, row_offsets, sequences, tokens, heads, value_dim, least, most
     for w in range(_WARPS):
         largest = max(largest, peaks[w])
     weight = float32(0)
-    if mine > float32(EMPTY):
+    if ptx.bits_of(mine) != ptx.bits_of(float32(EMPTY)):  # NaN counts
         weight = ptx.exp2(float32(mine - largest))
     weights[uint32(i)] = weight
     whole = warp_sum(weight)
@@ -284,10 +298,10 @@ def merge(results, row_offsets, sequences, tokens, heads, value_dim, least, most
     each, d = inverse(whole), i
     while d < value_dim:
         total, part = float32(0), int32(0)
-        at = int64(row) * parts * value_dim + d
+        at = int64(place) * parts * value_dim + d
         while part < parts:
             weight = weights[uint32(part)]
-            if weight > float32(0):  # the others' parts were not written
+            if ptx.bits_of(weight) != 0:  # the others' parts were not written
                 total = float32(total + weight * results.parts_out[at])
             at += value_dim
             part = int32(part + 1)

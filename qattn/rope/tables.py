@@ -26,7 +26,7 @@ TEXT_POSITIONS = 3  # of these are a text token's own position; the fourth is 0,
 
 
 class Rotation(NamedTuple):
-    """What kernels need to rotate heads."""
+    """What positions do to heads: kernels rotate them."""
 
     cos: Any
     """(positions, rope_dims / 2) float32, on the device that computes."""

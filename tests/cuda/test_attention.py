@@ -54,16 +54,15 @@ def test_a_prompt_attends(cupy, kind, mask):
 def test_heads_of_a_wide_group_attend_as_a_prompt_does(cupy, kind, head_dim, value_dim):
     """As in multi-head latent attention: few tokens, for which others take the kernel for few rows."""
     case = Case(kind, 40, 1, head_dim, value_dim, (1, 1, 3), (200, 0, 70), capacity=640, options=("sinks",))
-    assert Plan.of(5, 3, 40, 1, 640) == (0, 0, 1, 10) and Plan.of(5, 3, 40, 1, 640, exact=True).few == 5
+    assert Plan.of(5, 3, 40, 1, 640)[:4] == (0, 0, 1, 10) and Plan.of(5, 3, 40, 1, 640, exact=True).few == 5
     case.check(cupy, Causal())
 
 
 def test_room_for_parts_is_there_where_there_are_parts():
-    assert Plan.of(4096, 1, 32, 8, 1 << 17)[2:] == (1, 1)  # a prompt fills the GPU: its results need no second place
-    assert Plan.of(16, 1, 32, 8, 1 << 17)[2:] == (1, 33)
-    assert Plan.of(8, 8, 32, 8, 1 << 17)[2:] == (16, 0)
-    few, tiles, parts, prefill = Plan.of(600, 9, 32, 8, 1 << 17)
-    assert few == 1 and tiles == 9 and parts == 14 and prefill == 1
+    assert Plan.of(4096, 1, 32, 8, 1 << 17)[2:] == (1, 1, (0, 0))  # a prompt fills the GPU
+    assert Plan.of(16, 1, 32, 8, 1 << 17)[2:] == (1, 33, (0, 16 * 32 * 33))
+    assert Plan.of(8, 8, 32, 8, 1 << 17)[2:] == (16, 0, (8 * 32 * 16, 0))
+    assert Plan.of(8193, 2, 32, 8, 1 << 17) == (1, 2, 64, 1, (2 * 32 * 64, 0))  # a prompt beside a token
 
 
 @pytest.mark.parametrize("new", [(50, 1, 0, 9), (1, 130, 1), (0, 6), (2, 0, 0), (1,) * 40 + (5,) * 30, (3, 1, 4, 1, 5)])
@@ -124,6 +123,17 @@ def test_what_lies_behind_a_sequence_does_not_matter(cupy, new, capacity):
         cache.keys[slot, :, length:], cache.values[slot, :, length:] = 60000, -60000
     for a, b in zip(first, case.run(cupy, Causal(), q, cache), strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["f16", "f32"])
+@pytest.mark.parametrize("new", [(1, 1), (9,), (1, 20)])
+def test_a_key_that_is_nan_gives_nan(cupy, kind, new):
+    """Whatever part of the keys it is in."""
+    case = Case(kind, 8, 2, 64, 64, new, (300,) * len(new), capacity=640)
+    q, cache = case.arrays(cupy)
+    cache.keys[cache.pages[0, 0], :, 70, :] = np.nan
+    out, _ = case.run(cupy, Causal(), q, cache)
+    assert np.isnan(out[: new[0]]).all() and np.isfinite(out[new[0] :]).all()
 
 
 @pytest.mark.parametrize("kind", ["f16", "f32"])
