@@ -16,7 +16,7 @@ from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.devices import only as single_device
 from qattn.errors import CacheError, DeviceError
-from qattn.head_steps import HeadNorm
+from qattn.head_steps import HeadNorm, rotation_at, rotation_to
 from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache, cascading
 from qattn.latent import LatentProjection
 from qattn.layer_weights import LayerWeights
@@ -377,29 +377,18 @@ class AttentionWithRope(Watched):
 
     def rotation(self, positions: int) -> Rotation:
         """What positions 0 … at least `positions` - 1 do to heads: angles, and temperatures."""
-        if self.rope is None:
-            rotation = Rotation.none(positions, self.device)
-        else:
-            rotation = self.rope.rotation(positions, self.device)
-        heat = self._loaded().temperatures
-        return rotation if heat is None else rotation._replace(heat=heat.table(len(rotation.cos)))
+        return rotation_to(positions, self.rope, self._loaded().temperatures, self.device)
 
     def _placed(
         self, cache: SequenceCache, lengths: Array, offsets: Array, positions: Any
     ) -> tuple[Batch, Array, Rotation]:
         """Tokens that are the last of sequences of these lengths: where they belong, their positions, and angles."""
-        batch, tokens, heat = Batch.appended(lengths, offsets), int(offsets[-1]), self._loaded().temperatures
+        batch = Batch.appended(lengths, offsets)
         if positions is None:
             at = cache.positions_at(batch.slots, batch.places)
         else:
-            at = ops.token_positions(positions, tokens, self.rope)
-        if self.rope is None:
-            rotation, rows = Rotation.none(tokens, self.device), np.arange(tokens)
-        else:
-            rotation, rows = self.rope.rotation_at(at, self.device)
-        if heat is not None:
-            own = heat.table(len(rotation.cos)) if rows is at else heat.of(at if at.ndim == 1 else at[0])
-            rotation = rotation._replace(heat=own)
+            at = ops.token_positions(positions, int(offsets[-1]), self.rope)
+        rotation, rows = rotation_at(at, self.rope, self._loaded().temperatures, self.device)
         return batch._replace(angles=rows), at, rotation
 
     def _check_input(self, x: Any, cache: SequenceCache, row_offsets: Any) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ from qattn import backends, devices
 from qattn.architectures import AttentionConfig, Norm, Temperature
 from qattn.logits import Logits
 from qattn.projection import heads_of
+from qattn.rope import RotaryEmbedding, Rotation
 from qattn.softmax_attention import alibi_slopes, relative_biases
 from qattn.state import State
 
@@ -92,3 +93,27 @@ class Temperatures:
         length, scale, offset = self.temperature
         steps = np.floor((positions + offset) / length)
         return devices.asarray((1 + scale * np.log1p(steps)).astype(np.float32), self._device)
+
+
+def rotation_to(
+    positions: int, rope: RotaryEmbedding | None, temperatures: Temperatures | None, device: str
+) -> Rotation:
+    """What positions 0 … at least `positions` - 1 do to heads: angles, if there is an embedding, and temperatures."""
+    rotation = Rotation.none(positions, device) if rope is None else rope.rotation(positions, device)
+    return rotation if temperatures is None else rotation._replace(heat=temperatures.table(len(rotation.cos)))
+
+
+def rotation_at(
+    positions: Array, rope: RotaryEmbedding | None, temperatures: Temperatures | None, device: str
+) -> tuple[Rotation, Array]:
+    """What given positions do, as `RotaryEmbedding.rotation_at` takes them: tables, and a row for each token."""
+    if rope is None:
+        rotation, rows = Rotation.none(len(positions), device), np.arange(len(positions))
+    else:
+        rotation, rows = rope.rotation_at(positions, device)
+    if temperatures is not None:
+        by_position = rows is positions  # else tables have a row for each token
+        first = positions if positions.ndim == 1 else positions[0]
+        heat = temperatures.table(len(rotation.cos)) if by_position else temperatures.of(first)
+        rotation = rotation._replace(heat=heat)
+    return rotation, rows
