@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qattn
+from qattn.cpu._jit import generated
 from qattn.cpu.atomics import add_one, read
 from qattn.cpu.feed_forward import add
 from qattn.cpu.kernel import Program, _work, kernel, share
@@ -40,6 +41,25 @@ def fail(x, part, parts):
     x[0] = 1
     if part == parts - 1:
         raise ValueError
+
+
+@generated("test")
+def tell(x):
+    print("told", x[0])
+    if x[0] > 5:
+        raise ValueError(x[0])
+
+
+@kernel("test", kept=False)
+def tell_all(x, part, parts):
+    tell(x)
+
+
+def test_what_a_part_prints_and_raises(capfd):
+    tell_all(np.array([3.5]))
+    with pytest.raises(ValueError, match=r"^7\.5$"):
+        tell_all(np.array([7.5]))
+    assert capfd.readouterr().out == "told 3.5\ntold 7.5\n"
 
 
 @given(size=st.integers(0, 50), parts=st.integers(1, 70))

@@ -3,6 +3,9 @@
 Numba's own on-disk cache looks at the source file of one function.  Our kernels are generated: their code depends
 on the intrinsics, on the generator and on the parameters given to it.  So the cache here is a directory named by a
 hash over every kernel source and the CPU's features, and a file in it is named by the kernel and its parameters.
+
+Kernels are made of *parts*, functions that only other functions of kernels call.  Numba would optimize each on its own,
+make machine code of it, and do all of that again in what calls it.  Parts are optimized there alone.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
 
 from qattn import _cache
@@ -55,7 +60,7 @@ def compiled(key: str = "", kept: bool = True, **options: Any) -> Callable[[Call
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = generated(key, **{"nogil": True, "no_cpython_wrapper": False, **options})(function)
+        dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, **options)(_named(function, key))
         name = "-".join(filter(None, (function.__module__.split(".")[-1], function.__name__, key)))
         directory = cache_directory() if kept else None
         if directory is not None:
@@ -65,31 +70,64 @@ def compiled(key: str = "", kept: bool = True, **options: Any) -> Callable[[Call
     return decorate
 
 
-_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # no way in but from compiled code: nothing to compile
-helper = functools.partial(numba.njit, **_INNER)
-"""Compiles a function that kernels alone call.  Python can't."""
+class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """The code of a part, as Numba writes it.  It has no address, nor needs an environment, until it is in a kernel."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        self._ensure_finalized()
+        return 0
+
+    @property
+    def codegen(self) -> _PartLibrary:
+        return self
+
+    def set_env(self, name: str, environment: Any) -> None:
+        """Do what `tell_environments` does later."""
+
+
+class _PartCompiler(Compiler):  # type: ignore[misc]
+    def define_pipelines(self) -> Any:
+        self.state.library = _PartLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        return super().define_pipelines()
+
+
+helper = functools.partial(numba.njit, pipeline_class=_PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compiles a part.  Python can't call it."""
+
+
+def tell_environments(made: Any) -> None:
+    """Tell compiled code where the Python objects are that its parts use, to print or to raise an exception."""
+    for environment in made._find_referenced_environments():
+        made.library.codegen.set_env(environment.env_name, environment)
 
 
 def generated(key: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function that was made inside another one, as a part of kernels; `key` is what it was generated for.
+    """Compile a part that was made inside a function; `key` is what it was generated for.
+
+    Its code stands where it is called: a call with arrays costs as much as a kernel's work for hundreds of columns.
+    """
+    return lambda function: helper(forceinline=True, **options)(_named(function, key))
+
+
+def _named(function: Any, key: str) -> FunctionType:
+    """The function, named after what it was generated for.
 
     Machine code is found by the function's name and the types of its arguments, across all that a process loads from
     the disk.  So functions that differ in what they enclose must differ in name.
-
-    It becomes part of what calls it, since a call with arrays costs as much as a kernel's work for hundreds of columns:
-    without options as Python, which spares compiling it on its own, else by LLVM, so that its options count.
     """
-    how: dict[str, Any] = {"forceinline": True, **_INNER, **options} if options else {"inline": "always"}
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        named = FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-        )
-        named.__qualname__ = f"{function.__qualname__}[{key}]"
-        named.__doc__, named.__module__ = function.__doc__, function.__module__
-        return numba.njit(**how)(named)
-
-    return decorate
+    named = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    named.__qualname__ = f"{function.__qualname__}[{key}]"
+    named.__doc__, named.__module__ = function.__doc__, function.__module__
+    return named
 
 
 class _Locator:

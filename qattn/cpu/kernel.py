@@ -43,7 +43,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from qattn.cpu._jit import compiled, compiling, generated
+from qattn.cpu._jit import compiled, compiling, generated, tell_environments
 from qattn.cpu.atomics import add_one, pause, read
 from qattn.cpu.pool import CALL, LINE, Pool
 from qattn.cpu.threads import get_num_threads
@@ -90,10 +90,9 @@ class Kernel:
         with compiling:
             if given not in self.thunks:
                 kept = f"{self.name}-{hashlib.sha256(str(given).encode()).hexdigest()[:12]}"
-                thunk = compiled(kept, self._kept, forceinline=False, no_cpython_wrapper=True)(
-                    _thunk(self._body, given)
-                )
+                thunk = compiled(kept, self._kept, no_cpython_wrapper=True)(_thunk(self._body, given))
                 thunk.compile(_THUNK)
+                tell_environments(thunk.overloads[_THUNK])
                 self.thunks[given] = thunk
             made = self.thunks[given].overloads[_THUNK]
             return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
@@ -268,13 +267,12 @@ _pool = Pool(_work)
 
 def _thunk(body: Any, given: Any) -> Callable[..., None]:
     """A function of `_THUNK` that loads arguments of these types from an address, and is the body of a kernel."""
-    # What is written as a call with each argument becomes part of its caller; one with a tuple would not.
-    scope = {"body": body, "load": _loader(given)}
-    arguments = "".join(f"values[{i}], " for i in range(len(given.types)))
-    exec(f"def thunk(address, part, parts):\n    values = load(address)\n    body({arguments}part, parts)", scope)
-    thunk: Any = scope["thunk"]
-    thunk.__module__ = __name__
-    return thunk  # type: ignore[no-any-return]
+    load = _loader(given)
+
+    def thunk(address, part, parts):  # type: ignore[no-untyped-def]
+        body(*load(address), part, parts)
+
+    return thunk
 
 
 def _bind(address, thunk, *values):  # type: ignore[no-untyped-def]
