@@ -73,7 +73,7 @@ class Pool:
             elif now in (_ASLEEP, _CALLED):
                 _call(desks[i])
                 _ring(self._bells[i])
-        return bool(self._lead(self._gate, desks, calls, state))
+        return bool(self._lead(self._gate, desks, calls, state, 0))
 
     def _hire(self, number: int) -> None:
         desk, bell, helpers, serve = self._desks[number], self._bells[number], self._helpers, self._serve
@@ -94,7 +94,7 @@ class Pool:
         nobodys, closed = np.full(_ROW, _LEAVING), np.ones(LINE, np.int64)
         if not _own(nobodys) and not _call(nobodys):
             self._serve(nobodys, 0)
-        self._lead(closed, self._desks[:0], np.empty((0, CALL), np.int64), np.zeros((1, 2, LINE), np.int64))
+        self._lead(closed, self._desks[:0], np.empty((0, CALL), np.int64), np.zeros((1, 2, LINE), np.int64), 0)
 
     def _dismiss(self) -> None:
         """Let helpers end before the process does, and with it what they run.  From then on there is no help."""
@@ -184,7 +184,7 @@ def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
             looks += 1
 
     @compiled(_nrt=False)
-    def lead(gate, desks, calls, state):  # type: ignore[no-untyped-def]
+    def lead(gate, desks, calls, state, me):  # type: ignore[no-untyped-def]
         """Offer the work and do it, and come back when no helper is at it any more → False if the gate is closed."""
         if not exchange(gate, 0, 1):
             return False
@@ -197,7 +197,7 @@ def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
                 continue
             desk[_BEFORE] = _IDLE
             _ = exchange(desk, _IDLE, _OFFERED)
-        work(calls, state, 0)
+        work(calls, state, me)
         for i in range(desks.shape[0]):
             if not exchange(desks[i], _OFFERED, desks[i, _BEFORE]):
                 while read(desks[i]) == _TAKEN:
