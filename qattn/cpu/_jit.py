@@ -71,7 +71,11 @@ def compiled(key: str = "", kept: bool = True, **options: Any) -> Callable[[Call
 
 
 class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """The code of a part, as Numba writes it.  It has no address, nor needs an environment, until it is in a kernel."""
+    """The code of a part, as Numba writes it: nothing of it is at an address until it is in a kernel.
+
+    Numba asks for the address nevertheless, and a library's code generator to put the function's environment there,
+    the Python objects that it uses.  `tell_environments` does so for the kernel.
+    """
 
     def _optimize_final_module(self) -> None:
         pass
@@ -89,10 +93,12 @@ class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
         return self
 
     def set_env(self, name: str, environment: Any) -> None:
-        """Do what `tell_environments` does later."""
+        """Nothing: there is no machine code to tell."""
 
 
 class _PartCompiler(Compiler):  # type: ignore[misc]
+    """Numba's usual steps, with such a library to put the code into."""
+
     def define_pipelines(self) -> Any:
         self.state.library = _PartLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
         return super().define_pipelines()

@@ -185,7 +185,10 @@ def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
 
     @compiled(_nrt=False)
     def lead(gate, desks, calls, state, me):  # type: ignore[no-untyped-def]
-        """Offer the work and do it, and come back when no helper is at it any more → False if the gate is closed."""
+        """Offer the work and do it, and come back when no helper is at it any more → False if the gate is closed.
+
+        `me` is 0; the literal would have a type of its own, and all the work be compiled for it once more.
+        """
         if not exchange(gate, 0, 1):
             return False
         for i in range(desks.shape[0]):
