@@ -88,10 +88,15 @@ class Sizes(Heads):
         return 2 * (self.key_size // 32 + self.key_size % 32 // 16)
 
     @property
+    def pieces(self) -> tuple[int, int, int, int, int]:
+        """How many pieces of 64, of 32 and of 16 elements there are, and where those of 32 and of 16 begin."""
+        wide, rest4, rest2 = self.columns // 64, self.columns % 64 // 32, self.columns % 32 // 16
+        return wide, rest4, rest2, 64 * wide, 64 * wide + 32 * rest4
+
+    @property
     def stage(self) -> int:
         """Bytes that the keys and values of a warp's step take."""
-        pieces = self.columns // 64 + self.columns % 64 // 32 + self.columns % 32 // 16
-        return (self.key_slots + 4 * pieces) * _SLOT
+        return (self.key_slots + 4 * sum(self.pieces[:3])) * _SLOT
 
     @property
     def ring(self) -> int:
@@ -123,6 +128,7 @@ def pack(kind: str) -> Any:
     return ptx.pack_bf16 if computed(kind) == "bf16" else ptx.pack_f16
 
 
+@functools.cache
 def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Device functions (bring, multiply): 16 keys to a lane's slots at a shared address, and their products with q."""
     size, mma = sizes.key_size, product(kind)
@@ -166,16 +172,15 @@ def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..
     return bring, multiply
 
 
-def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
-    """Device functions (bring, multiply, spread): 16 values to slots, their sums into `o`, and the sums in order.
+@functools.cache
+def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions (bring, multiply): 16 values to slots, and their sums into `o`.
 
     They are about the block's `columns` of values, which begin at `column`.  A piece of a value is 64 elements, 8 for
     each r, or at the end 32 or 16, 4 or 2 for each.  `o` holds four sums for each eight elements.
     """
-    columns, size, mma, between = sizes.columns, sizes.value_dim, product(kind), stride(kind, sizes.value_dim)
-    wide, rest4, rest2 = columns // 64, columns % 64 // 32, columns % 32 // 16
-    slots = sizes.key_slots * _SLOT
-    start4, start2 = 64 * wide, 64 * wide + 32 * rest4
+    size, mma, between, slots = sizes.value_dim, product(kind), stride(kind, sizes.value_dim), sizes.key_slots * _SLOT
+    wide, rest4, rest2, start4, start2 = sizes.pieces
     slot4, slot2 = slots + 4 * wide * _SLOT, slots + 4 * (wide + rest4) * _SLOT
     (begin8, taken8), (begin4, taken4), (begin2, taken2) = (piece(kind, size, width) for width in (8, 4, 2))
 
@@ -219,6 +224,14 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
                 (v[4 * i],) = taken2(from_ + uint32(slot2 + i * _SLOT), column + 2 * r, start2)
             add_products(p, v, 2, o, start2 // 2)
 
+    return bring, multiply
+
+
+@functools.cache
+def _spread(sizes: Sizes) -> Callable[..., Any]:
+    """A device function: a warp's sums, times a factor for each row, in order: sums (16, columns)."""
+    columns, (wide, rest4, rest2, start4, start2) = sizes.columns, sizes.pieces
+
     @device
     def spread_piece(o, width, start, factor0, factor1, sums, r, c):  # type: ignore[no-untyped-def]
         for j in range(width):
@@ -229,7 +242,6 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
 
     @device
     def spread(o, factor0, factor1, sums, r, c):  # type: ignore[no-untyped-def]
-        """Put a warp's sums, times a factor for each row, in order: sums (16, columns)."""
         for n in range(wide):
             spread_piece(o, 8, 64 * n, factor0, factor1, sums, r, c)
         if rest4:
@@ -237,13 +249,12 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], ...]:
         if rest2:
             spread_piece(o, 2, start2, factor0, factor1, sums, r, c)
 
-    return bring, multiply, spread
+    return spread  # type: ignore[no-any-return]
 
 
-def _softmax(variant: Variant) -> Callable[..., Any]:
+@functools.cache
+def _softmax(change: Callable[..., Any], sees: Callable[..., Any]) -> Callable[..., Any]:
     """A device function: scores of rows r and r + 8 → weights in their place; and by what that before shrinks."""
-    _, change, _ = scores_of(variant)
-    sees = sees_of(variant.mask)
 
     @device
     def weigh(s, key, given, rows, first0, end0, first1, end1, state):  # type: ignore[no-untyped-def]
@@ -273,14 +284,14 @@ def _softmax(variant: Variant) -> Callable[..., Any]:
 
 
 @functools.cache
-def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Device functions (walk, finish): what a block does with its keys, and with the result."""
+def walker(storage: Storage, variant: Variant, sizes: Sizes) -> Callable[..., Any]:
+    """A device function: what a block does with its keys."""
     bring_keys, multiply_keys = _key_steps(storage.keys, sizes)
-    bring_values, multiply_values, spread = _value_steps(storage.values, sizes)
-    weigh, (_, _, sink_of), (base_of, base_for) = _softmax(variant), scores_of(variant), bases_of(variant.paged)
+    bring_values, multiply_values = _value_steps(storage.values, sizes)
+    (_, change, sink_of), (base_of, base_for) = scores_of(variant), bases_of(variant.paged)
+    weigh, packed = _softmax(change, sees_of(variant.mask)), pack(storage.values)
     key_stride, value_stride = stride(storage.keys, sizes.head_dim), stride(storage.values, sizes.value_dim)
-    value_dim, columns, warps, packed = sizes.value_dim, sizes.columns, sizes.warps, pack(storage.values)
-    stage, ring, sums_at, peaks_at, size = sizes.stage, sizes.ring, sizes.ring // 4, sizes.peaks // 4, ROWS * columns
+    columns, warps, stage, ring = sizes.columns, sizes.warps, sizes.stage, sizes.ring
 
     @device
     def walk(  # type: ignore[no-untyped-def]
@@ -322,6 +333,15 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
             multiply_values(p, here, v, r, column, o)
             here, other = other, here
             key = after
+
+    return walk  # type: ignore[no-any-return]
+
+
+@functools.cache
+def finisher(sizes: Sizes) -> Callable[..., Any]:
+    """A device function: what a block does with the result."""
+    value_dim, columns, warps, spread = sizes.value_dim, sizes.columns, sizes.warps, _spread(sizes)
+    sums_at, peaks_at, size = sizes.ring // 4, sizes.peaks // 4, ROWS * columns
 
     @device
     def finish(  # type: ignore[no-untyped-def]
@@ -367,7 +387,7 @@ def block_steps(storage: Storage, variant: Variant, sizes: Sizes) -> tuple[Calla
                         results.lse[to] = natural_lse(peak, whole)
             i = int32(i + 32 * warps)
 
-    return walk, finish
+    return finish  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -377,7 +397,7 @@ def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: 
     bounds, narrowed, sums = bounds_of(variant.mask), narrow_for(computed(storage.keys)), sizes.columns // 2
     stride, warps, sinking, key_size = sizes.query_stride, sizes.warps, int(variant.sinks), sizes.key_size
     slices, columns, last_column = sizes.slices, sizes.columns, sizes.last_column
-    (row_of, _, _), (walk, finish) = scores_of(variant), block_steps(storage, variant, sizes)
+    (row_of, _, _), walk, finish = scores_of(variant), walker(storage, variant, sizes), finisher(sizes)
 
     @kernel(
         "f32* cache i64* i64* f32 results i32 i32 i32 i32 given",

@@ -79,15 +79,13 @@ def _bring(kind: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def exact_kernel(storage: Storage, variant: Variant) -> Kernel:
-    """The kernel for a cache of these kinds."""
-    bounds, sees = bounds_of(variant.mask), sees_of(variant.mask)
-    bring_keys, bring_values = _bring(storage.keys), _bring(storage.values)
-    (row_of, change, sink_of), (base_of, base_for) = scores_of(variant, precise=True), bases_of(variant.paged)
+def _score(kind: str) -> Callable[..., Any]:
+    """A device function: s = the products of the warp's rows with the lane's key."""
+    bring_keys = _bring(kind)
 
     @device
     def score(keys, key, head_dim, row, tile, queries, s):  # type: ignore[no-untyped-def]
-        """s = the products of the warp's rows with the lane's key; `queries` is the shared address of all rows."""
+        """queries : the shared address of all rows"""
         lane, stride = int32(cuda.threadIdx.x & 31), int32((head_dim + 3) & ~3)
         for m in range(ROWS):
             s[m] = float32(0)
@@ -105,9 +103,17 @@ def exact_kernel(storage: Storage, variant: Variant) -> Kernel:
                 d = int32(d + 4)
             start = int32(start + CHUNK)
 
+    return score  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _collect(kind: str) -> Callable[..., Any]:
+    """A device function: sums = sums · factor + weights · values for the warp's rows."""
+    bring_values = _bring(kind)
+
     @device
     def collect(values, key, value_dim, row, tile, weights, sums, factor):  # type: ignore[no-untyped-def]
-        """sums = sums · factor + weights · values for the warp's rows; `weights` is a shared address."""
+        """weights : a shared address"""
         total = cuda.local.array(ROWS, float32)
         start = int32(0)
         while start < value_dim:
@@ -129,6 +135,69 @@ def exact_kernel(storage: Storage, variant: Variant) -> Kernel:
                     sums[uint32((row + m) * value_dim + start + d)] = total[m]
                 d = int32(d + 32)
             start = int32(start + CHUNK)
+
+    return collect  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _looker(mask: Any) -> Callable[..., Any]:
+    """A device function: (first, end) of the keys that any of a block's rows sees, and that each of the warp's does."""
+    bounds = bounds_of(mask)
+
+    @device
+    def look(given, first_row, rows, last_row, group, before, length, row, firsts, ends):  # type: ignore[no-untyped-def]
+        low, high, m = int32(length), int32(0), int32(0)
+        while m < rows:
+            flat = uint32(min(first_row + m, last_row))
+            first, end = bounds(given, int32(before + flat // uint32(group)), length)
+            low, high = int32(min(low, first)), int32(max(high, end))
+            m = int32(m + 1)
+        for m in range(ROWS):
+            flat = uint32(min(first_row + row + m, last_row))
+            firsts[m], ends[m] = bounds(given, int32(before + flat // uint32(group)), length)
+        return low, high
+
+    return look  # type: ignore[no-any-return]
+
+
+@device
+def _hold(q, at, scale, head_dim, stride, shared, row, value_dim, sums):  # type: ignore[no-untyped-def]
+    """A row of q, which begins at q[at], to shared memory; and its sums, which are 0."""
+    d = int32(cuda.threadIdx.x & 31)
+    while d < stride:
+        shared[uint32(row * stride + d)] = float32(q[at + d] * scale) if d < head_dim else float32(0)
+        d = int32(d + 32)
+    d = int32(cuda.threadIdx.x & 31)
+    while d < value_dim:
+        sums[uint32(row * value_dim + d)] = float32(0)
+        d = int32(d + 32)
+
+
+@device
+def _finish(sums, row, value_dim, peak, whole, to, parts, results):  # type: ignore[no-untyped-def]
+    """Write a row, or what a part of the keys gives it."""
+    lane = int32(cuda.threadIdx.x & 31)
+    if lane == 0:
+        if parts > 1:
+            results.parts_lse[to] = part_lse(peak, whole)
+        else:
+            results.lse[to] = natural_lse(peak, whole)
+    each, d = inverse(whole), lane
+    while d < value_dim:
+        value = float32(sums[uint32(row * value_dim + d)] * each)
+        if parts > 1:
+            results.parts_out[to * value_dim + d] = value
+        else:
+            results.out[to * value_dim + d] = value
+        d = int32(d + 32)
+
+
+@functools.cache
+def exact_kernel(storage: Storage, variant: Variant) -> Kernel:
+    """The kernel for a cache of these kinds."""
+    look, sees = _looker(variant.mask), sees_of(variant.mask)
+    score, collect = _score(storage.keys), _collect(storage.values)
+    (row_of, change, sink_of), (base_of, base_for) = scores_of(variant, precise=True), bases_of(variant.paged)
 
     @kernel(
         "f32* cache i64* i64* f32 results i32 i32 i32 i32 i32 i32 given",
@@ -160,35 +229,17 @@ def exact_kernel(storage: Storage, variant: Variant) -> Kernel:
         first_row = int32(first_row * rows)
         last_row = int32(new * group - 1)
 
-        # The rows, and what each sees.
-        low, high = int32(length), int32(0)
-        m = int32(0)
-        while m < rows:
-            token = int32(uint32(min(first_row + m, last_row)) // uint32(group))
-            row_first, row_end = bounds(given, int32(length - new + token), length)
-            low, high = int32(min(low, row_first)), int32(max(high, row_end))
-            m = int32(m + 1)
-        first, end = part_of(low, high, part, parts)
+        # The warp's rows, copies of the last where there are no more, and what each sees.
         row = int32(warp * ROWS)
         firsts, ends = cuda.local.array(ROWS, int32), cuda.local.array(ROWS, int32)
+        low, high = look(given, first_row, rows, last_row, group, int32(length - new), length, row, firsts, ends)
+        first, end = part_of(low, high, part, parts)
         targets = cuda.local.array(ROWS, int64)
         for m in range(ROWS):
+            firsts[m], ends[m] = int32(max(firsts[m], first)), int32(min(ends[m], end))
             flat = int32(min(first_row + row + m, last_row))
-            token = int32(uint32(flat) // uint32(group))
             targets[m] = row_at(row_offsets[sequence], flat, group, heads, int32(head * group))
-            row_first, row_end = bounds(given, int32(length - new + token), length)
-            firsts[m], ends[m] = int32(max(row_first, first)), int32(min(row_end, end))
-            d = lane
-            while d < stride:
-                value = float32(0)
-                if d < head_dim:
-                    value = float32(q[targets[m] * head_dim + d] * scale)
-                shared[uint32((row + m) * stride + d)] = value
-                d = int32(d + 32)
-            d = lane
-            while d < value_dim:
-                sums[uint32((row + m) * value_dim + d)] = float32(0)
-                d = int32(d + 32)
+            _hold(q, targets[m] * head_dim, scale, head_dim, stride, shared, int32(row + m), value_dim, sums)
 
         # The online softmax, in units of log 2.
         s, factor = cuda.local.array(ROWS, float32), cuda.local.array(ROWS, float32)
@@ -218,22 +269,10 @@ def exact_kernel(storage: Storage, variant: Variant) -> Kernel:
             whole = warp_sum(total[m])
             if first_row + row + m <= last_row:
                 to = targets[m]
-                if parts > 1:
+                if parts > 1:  # if only single tokens have any, parts have room for one of each sequence
                     if few == 1:
                         to += (sequence - row_offsets[sequence]) * heads
                     to = to * parts + part
-                    if lane == 0:
-                        results.parts_lse[to] = part_lse(peak[m], whole)
-                elif lane == 0:
-                    results.lse[to] = natural_lse(peak[m], whole)
-                each = inverse(whole)
-                d = lane
-                while d < value_dim:
-                    value = float32(sums[uint32((row + m) * value_dim + d)] * each)
-                    if parts > 1:
-                        results.parts_out[to * value_dim + d] = value
-                    else:
-                        results.out[to * value_dim + d] = value
-                    d = int32(d + 32)
+                _finish(sums, int32(row + m), value_dim, peak[m], whole, to, parts, results)
 
     return exact

@@ -14,7 +14,7 @@ from numba import cuda, float32, int32, int64, uint16, uint32
 
 from qattn.cache_types import stride as row_stride
 from qattn.cuda import ptx
-from qattn.cuda.attend_decode import ROWS, Sizes, block_steps
+from qattn.cuda.attend_decode import ROWS, Sizes, finisher, walker
 from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, leave_empty, part_of, row_at
 from qattn.cuda.attend_variant import GIVEN, Storage, Variant, bases_of, bounds_of, scores_of
 from qattn.cuda.kernel import Kernel, kernel
@@ -32,7 +32,7 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
     sizes = Sizes(head_dim, value_dim)
     bounds, stride, sums, warps = bounds_of(variant.mask), sizes.query_stride, sizes.columns // 2, sizes.warps
     (row_of, _, _), (base_of, _), sinking = scores_of(variant), bases_of(variant.paged), int(variant.sinks)
-    walk, finish = block_steps(storage, variant, sizes)
+    walk, finish = walker(storage, variant, sizes), finisher(sizes)
     key_size, key_stride = sizes.key_size, row_stride(storage.keys, head_dim)
     value_stride = row_stride(storage.values, value_dim)
     turn, store = turn_head(storage.keys), store_value(storage.values)

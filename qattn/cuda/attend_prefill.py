@@ -63,6 +63,7 @@ from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.warps import ALL_LANES
 
 
+@functools.cache
 def _scores(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Device functions (hold, multiply) for a warp: its rows of q as left factors, and their scores.
 
@@ -103,15 +104,47 @@ def _scores(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., 
     return hold, multiply
 
 
-def _softmax(variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Device functions (settle, weigh) on a step's scores.  A lane's rows 2 m and 2 m + 1 are r and r + 8 of tile m."""
-    count, rows = sizes.step // 4, 2 * sizes.tiles
-    (row_of, change, _), sees, asks = scores_of(variant), sees_of(variant.mask), variant.sees
+@functools.cache
+def _looker(mask: Any, rows: int) -> Callable[..., Any]:
+    """A device function: which keys a lane's rows see, each of them, and a warp's together."""
+    bounds = bounds_of(mask)
+
+    @device
+    def look(given, first_row, last, group, before, length, seen, place, ranges, mine):  # type: ignore[no-untyped-def]
+        """seen[place …] : the first key and the end for each row, 24 places apart
+        ranges[mine …] : the least first key, the largest end, and between which keys all rows see all
+        """
+        lane, low, high, all_first, all_end = uint32(cuda.threadIdx.x & 31), length, int32(0), int32(0), length
+        for row in range(rows):
+            flat = uint32(min(first_row + 8 * row, last))
+            first, end = bounds(given, int32(before + flat // group), length)
+            low, high = int32(min(low, first)), int32(max(high, end))
+            all_first, all_end = int32(max(all_first, first)), int32(min(all_end, end))
+            if lane & 3 == 0:
+                at = uint32(place + 24 * row)
+                seen[at], seen[at + 1] = first, end
+        low, high, all_first, all_end = row_min(low), row_max(high), row_max(all_first), row_min(all_end)
+        if lane == 0:
+            ranges[mine], ranges[mine + 1], ranges[mine + 2], ranges[mine + 3] = low, high, all_first, all_end
+
+    return look  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _place_of_score(count: int) -> Callable[..., Any]:
+    """A device function: where a lane has score i, of `count`, of a row: 2 m and 2 m + 1 are r and r + 8 of tile m."""
 
     @device
     def at(row, i):  # type: ignore[no-untyped-def]
-        """Where score i of a row is."""
         return row // 2 * (2 * count) + i // 2 * 4 + row % 2 * 2 + i % 2
+
+    return at  # type: ignore[no-any-return]
+
+
+def _settler(variant: Variant, sizes: Sizes) -> Callable[..., Any]:
+    """A device function: scores change, and those of keys that a row doesn't see are hidden."""
+    count, rows, at = sizes.step // 4, 2 * sizes.tiles, _place_of_score(sizes.step // 4)
+    (row_of, change, _), sees, asks = scores_of(variant), sees_of(variant.mask), variant.sees
 
     @device
     def hidden(key, seen, place, given, heads, shift):  # type: ignore[no-untyped-def]
@@ -119,9 +152,9 @@ def _softmax(variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callab
         bits, n = uint32(0), int32(0)
         while n < rows * count:
             row, i = int32(n // count), int32(n % count)
-            at, k = uint32(place + 24 * row), int32(key + i // 2 * 8 + i % 2)
-            target = int32(max(seen[at + 2], 0))
-            within = k >= seen[at] and k < seen[at + 1]
+            there, k = uint32(place + 24 * row), int32(key + i // 2 * 8 + i % 2)
+            target = int32(max(seen[there + 2], 0))
+            within = k >= seen[there] and k < seen[there + 1]
             if within and not sees(given, row_of(given, target, heads, shift).query, k):
                 bits = uint32(bits | uint32(1) << uint32(n))
             n = int32(n + 1)
@@ -129,10 +162,7 @@ def _softmax(variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callab
 
     @device
     def settle(s, key, seen, place, given, heads, shift):  # type: ignore[no-untyped-def]
-        """Change scores, and hide those of keys that a row doesn't see.
-
-        key : the lane's first;  place : where in `seen` the bounds of the first row are
-        """
+        """key : the lane's first;  place : where in `seen` the bounds of the first row are"""
         bits = uint32(0)
         if asks:
             bits = hidden(key, seen, place, given, heads, shift)
@@ -146,9 +176,16 @@ def _softmax(variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callab
                 shown = k >= first and k < end and bits & uint32(1 << (row * count + i)) == 0
                 s[at(row, i)] = changed if shown else float32(EMPTY)
 
+    return settle  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _softmax(count: int, rows: int) -> Callable[..., Any]:
+    """A device function: scores → weights in their place, and the factors by which what came before shrinks."""
+    at = _place_of_score(count)
+
     @device
     def weigh(s, peaks, totals, shrinks):  # type: ignore[no-untyped-def]
-        """Scores → weights in their place, and the factors by which what came before shrinks."""
         for row in range(rows):
             peak = peaks[row]
             for i in range(count):
@@ -162,9 +199,10 @@ def _softmax(variant: Variant, sizes: Sizes) -> tuple[Callable[..., Any], Callab
                 total = float32(total + s[at(row, i)])
             totals[row] = total
 
-    return settle, weigh
+    return weigh  # type: ignore[no-any-return]
 
 
+@functools.cache
 def _collector(kind: str, sizes: Sizes) -> Callable[..., Any]:
     """A device function for a warp: its output shrinks, and gains weights · values."""
     columns, steps, mma, packed = sizes.heads.columns, sizes.step // 16, product(kind), pack(kind)
@@ -210,22 +248,55 @@ def _block_range(ranges, warps):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
+def _finisher(sizes: Sizes) -> Callable[..., Any]:
+    """A device function: a lane writes what it has of its rows, or of a part of them."""
+    value_dim, sums, rows = sizes.heads.value_dim, sizes.heads.columns // 2, 2 * sizes.tiles
+    _, write = pair_at(value_dim)
+
+    @device
+    def finish(o, peaks, totals, seen, place, column, part, parts, results):  # type: ignore[no-untyped-def]
+        """place : where in `seen` the bounds of the first row are"""
+        lane = uint32(cuda.threadIdx.x & 3)
+        for row in range(rows):
+            total = quad_sum(totals[row])
+            each, target = inverse(total), int64(seen[uint32(place + 24 * row + 2)])
+            if target >= 0:
+                out, to = results.out, target
+                if parts > 1:
+                    out, to = results.parts_out, target * parts + part
+                if parts == 1 or ptx.bits_of(total) != 0:  # NaN, too
+                    for i in range(0, sums, 4):
+                        at, d = sums * (row // 2) + 2 * (row % 2) + i, uint32(column + 2 * lane + uint32(2 * i))
+                        write(out, to * value_dim, d, float32(o[at] * each), float32(o[at + 1] * each))
+                if lane == 0 and column == 0:
+                    if parts > 1:
+                        results.parts_lse[to] = part_lse(peaks[row], total)
+                    else:
+                        results.lse[target] = natural_lse(peaks[row], total)
+
+    return finish  # type: ignore[no-any-return]
+
+
+@functools.cache
 def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
     """The kernel for a cache of these kinds, and heads of these sizes; launched with `Sizes.launch`."""
     sizes = Sizes.of(variant, head_dim, value_dim)
-    heads_, key_row, value_row, stage, tiles = sizes.heads, sizes.key_row, sizes.value_row, sizes.stage, sizes.tiles
-    warps, keys = sizes.warps, sizes.step
-    bounds, (settle, weigh) = bounds_of(variant.mask), _softmax(variant, sizes)
+    warps, tiles, keys, stage, block_rows = sizes.warps, sizes.tiles, sizes.step, sizes.stage, sizes.rows
+    key_size, columns = sizes.heads.key_size, sizes.heads.columns
+    slices, last_column = sizes.heads.slices, sizes.heads.last_column
+    rows, factors, all_scores, all_sums = 2 * tiles, 4 * tiles, tiles * keys // 2, tiles * columns // 2
+    key_row, value_row, values_at = sizes.key_row, sizes.value_row, keys * sizes.key_row
+    all_ranges, all_bounds = 4 * warps, 3 * block_rows
+
     (row_of, _, sink_of), (base_of, base_for) = scores_of(variant), bases_of(variant.paged)
-    changing = any((variant.cap, variant.slopes, variant.bias, variant.distances, variant.sees))
-    (hold, multiply), collect = _scores(storage.keys, sizes), _collector(storage.values, sizes)
-    key_size, slices, columns, last_column = heads_.key_size, heads_.slices, heads_.columns, heads_.last_column
     bring_keys, unfold_keys = mover(storage.keys, head_dim, key_size, key_row, sizes)
     bring_values, unfold_values = mover(storage.values, value_dim, columns, value_row, sizes)
     key_stride, value_stride = stride(storage.keys, head_dim), stride(storage.values, value_dim)
-    coded_keys, coded_values, (_, write) = in_codes(storage.keys), in_codes(storage.values), pair_at(value_dim)
-    values_at, factors, sums, block_rows, rows = keys * key_row, 4 * tiles, columns // 2, sizes.rows, 2 * tiles
-    all_scores, all_sums, all_ranges, all_bounds = tiles * keys // 2, tiles * sums, 4 * warps, 3 * block_rows
+    coded_keys, coded_values = in_codes(storage.keys), in_codes(storage.values)
+    (hold, multiply), collect = _scores(storage.keys, sizes), _collector(storage.values, sizes)
+    look, settle, weigh = _looker(variant.mask, rows), _settler(variant, sizes), _softmax(keys // 4, rows)
+    changing = any((variant.cap, variant.slopes, variant.bias, variant.distances, variant.sees))
+    finish = _finisher(sizes)
 
     @kernel(
         "f32* cache i64* i64* f32 results i32 i32 i32 i32 given",
@@ -265,26 +336,16 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
         q_lane = uint32(here + uint32(2 * stage) + warp * uint32(32 * tiles * key_size) + lane * uint32(16))
         local_row = uint32(warp * (16 * tiles) + (lane >> 2))
         last, first_row = int32(new * group - 1), int32(tile * block_rows + local_row)
-        low, high, all_first, all_end = int32(length), int32(0), int32(0), int32(length)
+        mine, place = uint32(4 * warp), uint32(3 * local_row)
         for row in range(rows):
             flat = int32(min(first_row + 8 * row, last))
             target = row_at(token, flat, group, heads, int32(head * group))
-            this = row_of(given, target, heads, shift)
-            first, end = bounds(given, int32(length - new + uint32(flat) // group), length)
-            low, high = int32(min(low, first)), int32(max(high, end))
-            all_first, all_end = int32(max(all_first, first)), int32(min(all_end, end))
             if lane & 3 == 0:
-                at = uint32(3 * (local_row + 8 * row))
-                seen[at], seen[at + 1] = first, end
-                seen[at + 2] = int32(target) if first_row + 8 * row <= last else int32(-1)
-            peaks[row] = sink_of(given, this, part == 0)
+                seen[uint32(place + 24 * row + 2)] = int32(target) if first_row + 8 * row <= last else int32(-1)
+            peaks[row] = sink_of(given, row_of(given, target, heads, shift), part == 0)
             totals[row] = float32(1) if lane & 3 == 0 and peaks[row] > float32(HIDDEN) else float32(0)
-            to = q_lane + uint32(32 * key_size * (row // 2) + 4 * (row % 2))
-            hold(q, target * head_dim, scale, to)
-        low, high, all_first, all_end = row_min(low), row_max(high), row_max(all_first), row_min(all_end)
-        mine = uint32(4 * warp)
-        if lane == 0:
-            ranges[mine], ranges[mine + 1], ranges[mine + 2], ranges[mine + 3] = low, high, all_first, all_end
+            hold(q, target * head_dim, scale, q_lane + uint32(32 * key_size * (row // 2) + 4 * (row % 2)))
+        look(given, first_row, last, group, int32(length - new), length, seen, place, ranges, mine)
         cuda.syncthreads()
         key, end = _block_range(ranges, warps)
         if parts > 1:
@@ -320,7 +381,7 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
             if key < ranges[mine + 1] and after > ranges[mine]:
                 multiply(q_lane, k_here + k_lane, a, s)
                 if changing or key < ranges[mine + 2] or after > ranges[mine + 3]:
-                    settle(s, int32(key + 2 * (lane & 3)), seen, uint32(3 * local_row), given, heads, shift)
+                    settle(s, int32(key + 2 * (lane & 3)), seen, place, given, heads, shift)
                 weigh(s, peaks, totals, shrinks)
                 collect(s, shrinks, v_here + v_lane, a, o)
             key = after
@@ -329,21 +390,6 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
             if not coded_values:
                 v_here, v_other = v_other, v_here
 
-        for row in range(rows):
-            total = quad_sum(totals[row])
-            each, target = inverse(total), int64(seen[uint32(3 * (local_row + 8 * row) + 2)])
-            if target >= 0:
-                out, to = results.out, target
-                if parts > 1:
-                    out, to = results.parts_out, target * parts + part
-                if parts == 1 or ptx.bits_of(total) != 0:  # NaN, too
-                    for i in range(0, sums, 4):
-                        at, d = sums * (row // 2) + 2 * (row % 2) + i, uint32(column + 2 * (lane & 3) + uint32(2 * i))
-                        write(out, to * value_dim, d, float32(o[at] * each), float32(o[at + 1] * each))
-                if lane & 3 == 0 and column == 0:
-                    if parts > 1:
-                        results.parts_lse[to] = part_lse(peaks[row], total)
-                    else:
-                        results.lse[target] = natural_lse(peaks[row], total)
+        finish(o, peaks, totals, seen, place, column, part, parts, results)
 
     return prefill

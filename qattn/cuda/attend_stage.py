@@ -81,18 +81,13 @@ class Sizes(NamedTuple):
         return {"block": 32 * self.warps, "shared": self._shared(*self._shape)}
 
 
-def mover(kind: str, size: int, taken: int, row: int, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Device functions (bring, unfold) for a block: `taken` elements of each of a step's keys or values of `size`.
-
-    bring(there, at, column, to) begins to copy those from `column` on to shared memory, `row` bytes each: as they are,
-    or the codes of each octet to a slot of its thread, which unfold(from_, column, to) makes float16 of.
-    """
-    each, threads, between = taken // 8, 32 * sizes.warps, stride(kind, size)
-    count = sizes.step * each
+@functools.cache
+def _octets_of(count: int, each: int, threads: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions (has, mine): which of `count` octets, `each` of a key, a thread has in a round from i on."""
 
     @device
     def mine(i):  # type: ignore[no-untyped-def]
-        """The key, and the octet of what is taken of it, that a thread has in the round that begins with number i."""
+        """The key, and which of its octets."""
         if threads % each == 0:  # rounds are at fixed distances
             key = uint32(uint32(cuda.threadIdx.x) // uint32(each))
             return uint32(key + uint32(i // each)), uint32(cuda.threadIdx.x - key * uint32(each))
@@ -102,6 +97,20 @@ def mover(kind: str, size: int, taken: int, row: int, sizes: Sizes) -> tuple[Cal
     @device
     def has(i):  # type: ignore[no-untyped-def]
         return i + threads <= count or cuda.threadIdx.x < count - i
+
+    return has, mine
+
+
+@functools.cache
+def mover(kind: str, size: int, taken: int, row: int, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions (bring, unfold) for a block: `taken` elements of each of a step's keys or values of `size`.
+
+    bring(there, at, column, to) begins to copy those from `column` on to shared memory, `row` bytes each: as they are,
+    or the codes of each octet to a slot of its thread, which unfold(from_, column, to) makes float16 of.
+    """
+    each, threads, between = taken // 8, 32 * sizes.warps, stride(kind, size)
+    count = sizes.step * each
+    has, mine = _octets_of(count, each, threads)
 
     @device
     def bring(there, at, column, to):  # type: ignore[no-untyped-def]

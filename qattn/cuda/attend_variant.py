@@ -181,12 +181,14 @@ def _read(array, index):  # type: ignore[no-untyped-def]
     return ptx.float_of(ptx.load_4_constant(array, index))
 
 
-@functools.cache
 def scores_of(variant: Variant, precise: bool = False) -> tuple[Callable[..., Any], ...]:
     """Device functions (row_of, change, sink_of): a `Row`, what becomes of its score for a key, and its sink."""
-    with_cap, with_slopes, with_sinks, with_bias, with_distances = variant[1:6]
-    tanh = _tanh(precise)
+    _, cap, slopes, sinks, bias, distances, _ = variant
+    return _row_of(slopes, bias, distances), _change(cap, slopes, bias, distances, cap and precise), _sink_of(sinks)
 
+
+@functools.cache
+def _row_of(with_slopes: bool, with_bias: bool, with_distances: bool) -> Callable[..., Any]:
     @device
     def row_of(given, target, heads, shift):  # type: ignore[no-untyped-def]
         """target : the number of the row in q, token · heads + head;  shift : a token's index less its number in q."""
@@ -200,6 +202,15 @@ def scores_of(variant: Variant, precise: bool = False) -> tuple[Callable[..., An
         if with_bias:
             bias_at = (int64(token) * given.bias_heads + min(head, int32(given.bias_heads - 1))) * given.bias_keys
         return Row(query, head, slope, distance_at, bias_at)
+
+    return row_of  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _change(
+    with_cap: bool, with_slopes: bool, with_bias: bool, with_distances: bool, precise: bool
+) -> Callable[..., Any]:
+    tanh = _tanh(precise)
 
     @device
     def change(given, row, s, key):  # type: ignore[no-untyped-def]
@@ -217,6 +228,11 @@ def scores_of(variant: Variant, precise: bool = False) -> tuple[Callable[..., An
             s = float32(s + float32(LOG2E) * max(bias, float32(EMPTY / 2)))  # -inf would not survive fast math
         return s
 
+    return change  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _sink_of(with_sinks: bool) -> Callable[..., Any]:
     @device
     def sink_of(given, row, counts):  # type: ignore[no-untyped-def]
         """The sink of the row's head where it counts; elsewhere `HIDDEN`, which is none."""
@@ -225,7 +241,7 @@ def scores_of(variant: Variant, precise: bool = False) -> tuple[Callable[..., An
             sink = max(float32(given.sinks[row.head] * float32(LOG2E)), sink)
         return sink
 
-    return row_of, change, sink_of
+    return sink_of  # type: ignore[no-any-return]
 
 
 @functools.cache
