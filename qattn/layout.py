@@ -19,6 +19,7 @@ import numpy as np
 
 TILE = 16  # rows that lie side by side
 CELL = 32  # columns that share one activation scale
+OCTET = 8  # columns that may share a bit of their codes
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 
@@ -37,6 +38,13 @@ class Layout(NamedTuple):
     """What a base scale is stored as, or a float weight: "f16", "bf16", "f32"."""
     step: bool = False
     """scale = base · step, with an int8 step for each group."""
+    down: int = 0
+    """Scales are so many times halved: base · step / 2**down."""
+    up: int = 0
+    """Without a table, codes stand for bytes: this many bits further up."""
+    shared: int = 0
+    """What the codes of the group's i-th eight columns gain if bit 4 + i of its step is set.  If they gain anything,
+    the step itself is 0 … 15, the lower four bits."""
     offset: bool = False
     """There is an offset for each group, built like the scale."""
     zero: int = 0
@@ -49,11 +57,17 @@ class Layout(NamedTuple):
         """The largest byte that codes stand for, or the largest magnitude of signed ones."""
         if self.signed:
             return 128
-        return 2 * self.zero if self.table else (1 << self.bits) - 1  # tables reach further down than up
+        # levels that aren't a code each reach further down than up
+        return 2 * self.zero if self.table or self.up else (1 << self.bits) - 1
 
     def name(self) -> str:
         """A name for caches, unique and fit for a file."""
-        return "-".join(str(int(field) if isinstance(field, bool) else field) for field in self)
+        defaults = self._field_defaults
+        return "-".join(
+            name if value is True else f"{name}{value}"
+            for name, value in zip(self._fields, self, strict=True)
+            if value != defaults.get(name)
+        )
 
 
 class Packed(NamedTuple):

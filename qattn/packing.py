@@ -7,6 +7,7 @@ together, wherever they stood.  Nothing is rounded: `unpack` gives back what was
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,7 +156,7 @@ def _pack_part(name: str, rows: list[tuple[int, QuantArray]], columns: int) -> P
     packed = _allocate(layout, targets, columns, table)
     flip = 128 if layout.signed and fmt.table is None else 0
     run = cpu.pack(fmt, layout, flip)
-    scales, offsets = _stored(fmt.scales, layout), _stored(fmt.offsets, layout)
+    scales, offsets = _stored(fmt.scales, layout), _stored(fmt.offsets[: None if layout.offset else 0], layout)
     run(data, scales, offsets, packed, parts=1 + data.nbytes // _PART)
     return Part(fmt, layout, packed)
 
@@ -167,8 +168,12 @@ def layout_of(fmt: formats.Format) -> Layout:
 
 def _layout(fmt: formats.Format) -> tuple[Layout, Array]:
     """The kernel's layout for a format, and the table that its codes index."""
-    table = np.zeros(64, np.uint8)
-    if fmt.table is not None:
+    table, progression = np.zeros(64, np.uint8), _progression(fmt)
+    up, shared = 0, 0
+    if progression is not None:
+        zero, up, shared = progression
+        signed = wants_signed(8, 2 * zero)
+    elif fmt.table is not None:
         zero = -min(0, *fmt.table)
         largest = zero + max(fmt.table)
         signed = wants_signed(8, largest)
@@ -178,16 +183,16 @@ def _layout(fmt: formats.Format) -> tuple[Layout, Array]:
         zero, largest = fmt.zero, 2**fmt.bits - 1
         signed = wants_signed(fmt.bits, largest)
     stepped = fmt.step is not None
-    base = "f16" if fmt.scale_type == "f16" else "bf16"
-    if not {fmt.scale_unit, fmt.offset_unit} <= {1.0, -1.0}:  # a small float16 times a smaller unit is none
-        base = "f32"
     layout = Layout(
-        bits=fmt.bits,
-        table=fmt.table is not None,
+        bits=fmt.bits - (fmt.shared is not None),
+        table=fmt.table is not None and progression is None,
         group=fmt.group,
         base_group=fmt.block if stepped else fmt.group,
-        base=base,
+        base="f16" if fmt.scale_type == "f16" else "bf16",
         step=stepped,
+        down=1 - math.frexp(abs(fmt.scale_unit))[1],
+        up=up,
+        shared=shared,
         offset=fmt.offset_bits is not None,
         zero=0 if signed else zero,
         signed=signed,
@@ -195,17 +200,28 @@ def _layout(fmt: formats.Format) -> tuple[Layout, Array]:
     return layout, table
 
 
+def _progression(fmt: formats.Format) -> tuple[int, int, int] | None:
+    """(zero, up, shared) if the levels of a table are those of codes without one, see `Layout`."""
+    if fmt.table is None:
+        return None
+    levels = np.array(fmt.table).reshape(2 if fmt.shared else 1, -1)
+    between, shared = np.diff(levels), levels[-1, 0] - levels[0, 0]
+    up = int(between.flat[0]).bit_length() - 1
+    if (between != 1 << up).any():
+        return None
+    return -int(levels[0, 0]), up, int(shared)
+
+
 def _allocate(layout: Layout, targets: Array, columns: int, table: Array) -> Packed:
     tiles = -(-len(targets) // LANES)
     bases = (tiles, columns // layout.base_group, LANES)
     steps = (tiles, columns // layout.group, LANES)
-    stored = np.float32 if layout.base == "f32" else np.uint16
     none = (tiles, 0, LANES)
     return Packed(
         codes=zeros((tiles, columns // CELL, 64 * layout.bits), np.uint8),
-        scales=zeros(bases, stored),
+        scales=zeros(bases, np.uint16),
         steps=zeros(steps if layout.step else none, np.int8),
-        offsets=zeros(bases if layout.offset else none, stored),
+        offsets=zeros(bases if layout.offset else none, np.uint16),
         offset_steps=zeros(steps if layout.step and layout.offset else none, np.int8),
         table=table,
         targets=targets,
@@ -224,8 +240,7 @@ def _moved(part: Part, device: str) -> Part:
 
 def _stored(values: Array, layout: Layout) -> Array:
     """What base scales of these float32 values are stored as; exact."""
-    if layout.base == "f32":
-        return values
+    values = np.ldexp(values, layout.down)
     if layout.base == "bf16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(np.float16).view(np.uint16)

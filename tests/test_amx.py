@@ -110,8 +110,10 @@ def test_attention_agrees_with_float64(tokens, before, kv_heads, group, dims):
     cache = qattn.KVCache(qattn.KVCacheParams(kv_heads, dim, value_dim=value_dim))
     cache.append(k, v)
     got, lse = qattn.attention(q, cache, scale=dim**-0.5, precision="int8", return_lse=True)
-    want, want_lse = reference.attention(q, k, v, dim**-0.5, reference.causal(tokens, keys))
-    assert nmse(got, want) < 1e-3 and np.abs(got - want).max() < 0.05
+    seen = reference.causal(tokens, keys)
+    want, want_lse = reference.attention(q, k, v, dim**-0.5, seen)
+    sizes, _ = reference.attention(q, k, np.abs(v), dim**-0.5, seen)  # a sum of such values may be anything, down to 0
+    assert (np.abs(got - want) <= 0.04 * sizes).all()
     assert np.abs(lse - want_lse).max() < 0.05
 
 

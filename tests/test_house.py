@@ -106,7 +106,7 @@ def test_every_module_and_public_definition_is_documented(path):
         assert ast.get_docstring(tree), f"{path} has no docstring"
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            snippets = ("code", "step", "scale_bits", "offset_bits", "offset_step")
+            snippets = ("code", "shared", "step", "scale_bits", "offset_bits", "offset_step")
             snippet = "formats" in path.parts and node.name in snippets
             assert snippet or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 

@@ -30,25 +30,36 @@ from qattn.cpu.planes import quad_codes
 from qattn.cpu.scratch import aligned
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
 from qattn.cpu.target import TARGET
-from qattn.layout import CELL, Layout
+from qattn.layout import CELL, OCTET, Layout
 
 # ---------------------------------------------------------------------------------------------- the micro-kernel
 
 
 class Weights:
-    """Reads one tile: codes, scales and offsets of the cell that the loop is at."""
+    """Reads one tile: codes, scales and offsets of the cell that the loop is at.  Codes may be `unpacked` already."""
 
-    def __init__(self, e: Emitter, layout: Layout, packed: list[Pointer], cell: Value) -> None:
-        self.e, self.layout, self.cell = e, layout, cell
+    def __init__(self, e: Emitter, layout: Layout, packed: list[Pointer], cell: Value, unpacked: bool = False) -> None:
+        self.e, self.layout, self.cell, self._unpacked = e, layout, cell, unpacked
         self._codes, self._scales, self._steps, self._offsets, self._offset_steps, self._table = packed
-        self._cell_codes = self._codes.at(cell * (64 * layout.bits))
+        self._cell_codes = self._codes.at(cell * (64 * (8 if unpacked else layout.bits)))
         self._vectors: dict[int, Value] = {}
 
     def codes(self, quad: int) -> Value:
         """(64,) bytes: four codes for each of 16 lanes."""
         layout = self.layout
-        code = quad_codes(self._vector, layout.bits, quad, clean=not layout.table).bits(self.e.U8)
+        if self._unpacked:
+            return self._vector(quad).bits(self.e.U8)
+        code = quad_codes(self._vector, layout.bits, quad, clean=not layout.table, up=layout.up)
+        if layout.shared:
+            code = code | self._shared(quad)
+        code = code.bits(self.e.U8)
         return self.e.lookup(self._table.load(self.e.U8), code, layout.bits) if layout.table else code
+
+    def _shared(self, quad: int) -> Value:
+        """What a quad's codes gain."""
+        group, column = divmod(4 * quad, self.layout.group)
+        bit = self._step(self._steps, group) << 27 - column // OCTET  # now the sign, which fills the lane
+        return bit.shift_signed(31) & self.layout.shared * 0x01010101
 
     def _vector(self, number: int) -> Value:
         if number not in self._vectors:
@@ -69,10 +80,15 @@ class Weights:
     def _scaled(self, bases: Pointer, steps: Pointer, part: int) -> Value:
         layout = self.layout
         base = _load_float(self.e, bases, self._index(layout.base_group, part), layout.base)
+        if layout.down:
+            base = base * 2.0**-layout.down
         if not layout.step:
             return base
-        step = steps.at(self._index(layout.group, part) * LANES).load(self.e.I8V)
-        return base * step.to(self.e.I32V).to(self.e.F32)
+        step = self._step(steps, part)
+        return base * (step & 15 if layout.shared else step).to(self.e.F32)
+
+    def _step(self, steps: Pointer, part: int) -> Value:
+        return steps.at(self._index(self.layout.group, part) * LANES).load(self.e.I8V).to(self.e.I32V)
 
     def _index(self, group: int, part: int) -> Value:
         """The number of the group that the cell's part lies in."""
@@ -93,7 +109,6 @@ def _load_float(e: Emitter, array: Pointer, index: Value, kind: str) -> Value:
 
 def _quantized_micro_kernel(layout: Layout, rows: int, unpacked: bool = False) -> Any:
     """`rows` rows of int8 activations times one tile, perhaps `unpacked`, into a (rows, 16) float32 buffer."""
-    stored = layout._replace(bits=8, table=False) if unpacked else layout
     parts = max(1, CELL // layout.group)
     quads = 8 // parts  # of a part of a cell
 
@@ -104,7 +119,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int, unpacked: bool = False) -
         totals = [e.register(zeros) for _ in range(rows)]
         with e.loop(slots) as slot:
             cell = cells.at(slot * 4).load(e.I32).to(e.I64)
-            weights = Weights(e, stored, packed, cell)
+            weights = Weights(e, layout, packed, cell, unpacked)
             cell_x = x.at(slot * (CELL * rows))
 
             def quad_x(quad: int, m: int, cell_x: Pointer = cell_x) -> Value:

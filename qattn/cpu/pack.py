@@ -11,7 +11,7 @@ from qattn.cpu._jit import generated
 from qattn.cpu.codes import taken
 from qattn.cpu.kernel import Kernel, kernel, share
 from qattn.cpu.simd import LANES, Emitter, Pointer, micro_kernel
-from qattn.layout import CELL, PLANES, Layout, Packed
+from qattn.layout import CELL, OCTET, PLANES, Layout, Packed
 
 Array = np.ndarray[Any, Any]
 
@@ -30,6 +30,7 @@ def pack(format: Any, layout: Layout, flip: int) -> Kernel:
     scale_bits, step = snippet(format.scale_bits), snippet(format.step or _one)
     offset_bits, offset_step = snippet(format.offset_bits or _zero), snippet(format.offset_step or _one)
     has_step, has_offset, has_offset_step = layout.step, layout.offset, layout.step and layout.offset
+    shared, octets = snippet(format.shared or _zero), layout.group // OCTET if layout.shared else 0
     group, base_group, cells = layout.group, layout.base_group, block // CELL
     store_codes = _store_codes(format, layout, flip)
 
@@ -50,7 +51,10 @@ def pack(format: Any, layout: Layout, flip: int) -> Kernel:
                             offsets[tile, at, lane] = offset_values[offset_bits(b, g)]
                     if has_step:
                         for g in range(block // group):
-                            steps[tile, n * (block // group) + g, lane] = step(b, g)
+                            byte = step(b, g)
+                            for o in range(octets):
+                                byte |= shared(b, g * octets + o) << (4 + o)
+                            steps[tile, n * (block // group) + g, lane] = byte
                             if has_offset_step:
                                 offset_steps[tile, n * (block // group) + g, lane] = offset_step(b, g)
 
@@ -98,17 +102,19 @@ def unpack_codes(packed: Packed, layout: Layout) -> Array:
             bits = planes[:, :, start + quad * plane // 8] >> (quad * plane % 8)
             codes[:, :, quad] |= (bits & ((1 << plane) - 1)) << shift
         start, shift = start + plane, shift + plane
+    if layout.shared:
+        steps = packed.steps.view(np.uint8).reshape(tiles, cells, CELL // layout.group, LANES, 1)
+        for quad in range(8):
+            group, column = divmod(4 * quad, layout.group)
+            codes[:, :, quad] |= (steps[:, :, group] >> 4 + column // OCTET & 1) << shift
     return codes.transpose(0, 3, 1, 2, 4).reshape(tiles * LANES, cells * CELL)[: packed.rows]
 
 
 def unpack_groups(bases: Array, steps: Array, layout: Layout, rows: int) -> Array:
     """The scales or offsets of all groups, (rows, columns / group) float32."""
-    if layout.base == "f16":
-        values = bases.view(np.float16).astype(np.float32)
-    elif layout.base == "bf16":
-        values = (bases.astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = bases
+    floats = bases.view(np.float16) if layout.base == "f16" else (bases.astype(np.uint32) << 16).view(np.float32)
+    values: Array = np.ldexp(floats.astype(np.float32), -layout.down)
     if layout.step:
+        steps = steps & 15 if layout.shared else steps
         values = np.repeat(values, layout.base_group // layout.group, axis=1) * steps.astype(np.float32)
     return values.transpose(0, 2, 1).reshape(-1, values.shape[1])[:rows]

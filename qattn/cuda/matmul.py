@@ -87,10 +87,8 @@ def product(layout: Layout, exact: bool) -> Callable[..., None]:
     return run
 
 
-def _signature(layout: Layout) -> str:
-    """Types of what all kernels take: `Packed` with its sizes, `Activations`, and the result's."""
-    base = "f32*" if layout.base == "f32" else "u16*"
-    return f"u8* {base} i8* {base} i8* u8* i32* i32 i32 i32 u8* f32* i32* f32* u8* i32 f32* i32 i32"
+# Types of what all kernels take: `Packed` with its sizes, `Activations`, and the result's.
+_SIGNATURE = "u8* u16* i8* u16* i8* u8* i32* i32 i32 i32 u8* f32* i32* f32* u8* i32 f32* i32 i32"
 
 
 def _key(layout: Layout) -> str:
@@ -131,7 +129,7 @@ def decode_kernel(layout: Layout, tokens: int) -> Kernel:
             return a | b | c | d
         return a | b
 
-    @kernel(_signature(layout), f"{_key(layout)}_{tokens}")
+    @kernel(_SIGNATURE, f"{_key(layout)}_{tokens}")
     def decode(  # type: ignore[no-untyped-def]
         codes, scales, steps, offsets, offset_steps, table, targets, tiles, cells, rows,
         levels, x_scales, starts, sums, seconds, token_blocks, out, tokens, width,
@@ -265,7 +263,7 @@ def prefill_kernel(layout: Layout) -> Kernel:
         place = int64(first + (lane >> 1 & 7)) * cells + cell
         return ptx.load_4_constant(seconds, place * BLOCK + 4 * (lane & 1))
 
-    @kernel(_signature(layout), _key(layout))
+    @kernel(_SIGNATURE, _key(layout))
     def prefill(  # type: ignore[no-untyped-def]
         codes, scales, steps, offsets, offset_steps, table, targets, tiles, cells, rows,
         levels, x_scales, starts, sums, seconds, token_blocks, out, tokens, width,

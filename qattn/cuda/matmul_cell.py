@@ -71,11 +71,8 @@ def _weight_arrays(layout: Layout) -> list[_Array]:
         many, shift = CELL // min(group, CELL), max(group // CELL, 1).bit_length() - 1
         return _Array(load, 16 * size * many, shift, tuple(16 * size * i for i in range(many)))
 
-    bases = ptx.load_16_constant, layout.base_group, 4
-    if layout.base != "f32":
-        bases = ptx.load_8_constant, layout.base_group, 2
     for _ in range(1 + layout.offset):
-        arrays.append(rows(*bases))
+        arrays.append(rows(ptx.load_8_constant, layout.base_group, 2))
         if layout.step:
             arrays.append(rows(ptx.load_4_constant, layout.group, 1))
     return arrays
@@ -87,7 +84,6 @@ def weight_placer(layout: Layout) -> Any:
     w : the pointers of `Packed`, up to the steps of offsets
     """
     planes, arrays = _plane_words(layout), _weight_arrays(layout)
-    size = 4 if layout.base == "f32" else 2
 
     def place_weights(e: Emitter, w: Any, tile: Any, cells: Any, lane: Any) -> list[Any]:
         row, c, tile = e.wide(e.both(lane, 12)), e.wide(e.both(lane, 3)), e.wide(tile)
@@ -97,7 +93,7 @@ def weight_placer(layout: Layout) -> Any:
             places.append(e.address(w[0], e.add(e.mul(e.mul(tile, e.wide(cells)), 64 * layout.bits), within), 1))
         factors = [w[1], w[2], w[3], w[4]] if layout.step else [w[1], w[3]]
         for array, pointer in zip(arrays[len(planes) :], factors, strict=False):
-            one = 1 if pointer in (w[2], w[4]) else size
+            one = 1 if pointer in (w[2], w[4]) else 2
             groups = e.wide(e.right(e.mul(cells, array.stride // (16 * one)), array.shift))
             places.append(e.address(pointer, e.add(e.mul(e.mul(tile, groups), 16), row), one))
         return places
@@ -124,7 +120,7 @@ def weight_fetcher(layout: Layout) -> Any:
 
 def _factor_words(layout: Layout) -> int:
     """Words that the scales, or offsets, of a lane's rows and a cell take."""
-    bases = CELL // min(layout.base_group, CELL) * (4 if layout.base == "f32" else 2)
+    bases = CELL // min(layout.base_group, CELL) * 2
     return bases + (groups_of(layout) if layout.step else 0)
 
 
@@ -178,7 +174,7 @@ def _codes(e: Emitter, layout: Layout, words: list[Any], c: Any, table: Any) -> 
         pairs = [_pair_of_levels(e, words.pop(0), table) for _ in range(4)]
         return [levels[k] for k in range(2) for levels in pairs]
     codes: list[Any] = [None] * 8
-    up = 0
+    up = layout.up
     for plane, _, shared, first, apart in planes:
         these = [words.pop(0) for _ in range(4 if shared else 8)]
         low: Any = e.both(e.mul(c, first), 7) if first % 8 else 0
@@ -189,7 +185,19 @@ def _codes(e: Emitter, layout: Layout, words: list[Any], c: Any, table: Any) -> 
                 code = e.left(e.both(e.right(code, shift), (1 << plane) * 0x01010101 - 0x01010101), up)
             codes[i] = code if codes[i] is None else e.either(codes[i], code)
         up += plane
+    if layout.shared:
+        codes = [e.either(code, gain) for code, gain in zip(codes, _shared(e, layout, words, c), strict=True)]
     return [_levels(e, layout.bits, code, table) for code in codes] if layout.table else codes
+
+
+def _shared(e: Emitter, layout: Layout, words: list[Any], c: Any) -> list[Any]:
+    """What the codes of 8 words gain; `words` are those behind the codes."""
+    groups, out = groups_of(layout), []
+    octet = c if groups == 1 else e.right(c, 1)
+    for steps in words[_factor_words(layout) - groups :][:groups] * (2 // groups):
+        rows = e.mul(e.both(e.right(steps, e.add(octet, 4)), 0x01010101), layout.shared)
+        out += [e(ptx.permute, rows, 0, 0x1111 * row) for row in range(4)]
+    return out
 
 
 def _levels(e: Emitter, bits: int, code: Any, table: Any) -> Any:
@@ -216,20 +224,22 @@ def _factors(e: Emitter, layout: Layout, words: list[Any]) -> list[Any]:
     """Take the words of scales, or offsets, off the list → float32 of four rows, for each group."""
     bases: list[Any] = []
     for _ in range(CELL // min(layout.base_group, CELL)):
-        if layout.base == "f32":
-            bases += [e(ptx.float_of, words.pop(0)) for _ in range(4)]
-            continue
         for word in (words.pop(0), words.pop(0)):
             if layout.base == "f16":
                 bases += [e(ptx.f16_to_f32, e.half(word, i)) for i in range(2)]
             else:
                 bases += [e(ptx.float_of, e.left(word, 16)), e(ptx.float_of, e.both(word, 0xFFFF0000))]
+    if layout.down:
+        bases = [e(ptx.multiply, base, 2.0**-layout.down) for base in bases]
     if not layout.step:
         return bases if len(bases) == 4 * groups_of(layout) else 2 * bases
     factors = []
     for group in range(groups_of(layout)):
         # An int8 plus 128 is a byte, which becomes a float as the low mantissa bits of 2**23: cheaper than converting.
-        steps = e.flip(words.pop(0), 0x80808080)
+        steps = words.pop(0)
+        if layout.shared:
+            steps = e.both(steps, 0x0F0F0F0F)
+        steps = e.flip(steps, 0x80808080)
         for i in range(4):
             step = e(ptx.float_of, e(ptx.permute, steps, 0x4B000000, 0x7540 + i))
             step = e(ptx.add, step, -8388736.0)

@@ -95,8 +95,8 @@ def exact_kernel(layout: Layout) -> Kernel:
     """The kernel for any number of tokens."""
     floats = layout.bits >= 16
     fill = _fill_floats(layout) if floats else _fill_levels(layout)
-    base, codes = _FLOATS[layout.base], _FLOATS[layout.base] if floats else "u8*"
-    signature = f"{codes} {'u16*' if floats else base} i8* {'u16*' if floats else base} i8* u8* i32* i32 i32 i32"
+    codes = _FLOATS[layout.base] if floats else "u8*"
+    signature = f"{codes} u16* i8* u16* i8* u8* i32* i32 i32 i32"
 
     @kernel(f"{signature} f32* f32* i32 i32", layout.name().replace("-", "_"))
     def exact(  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ from numba import cuda
 from qattn.cuda import ptx
 from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.values import ELEMENTS, KINDS, key, narrow_for, store_for, widen_for
-from qattn.layout import PLANES, TILE, Layout, Packed
+from qattn.layout import OCTET, PLANES, TILE, Layout, Packed
 
 Array = Any  # of CuPy
 THREADS = 256
@@ -46,8 +46,8 @@ def unpack_kernel(layout: Layout, kind: str) -> Kernel:
 
     ``run(codes, scales, steps, offsets, offset_steps, table, targets, rows, columns, out)``, see `Packed`.
     """
-    words, four, store, has_offset = _words(layout.bits), _word_values(layout), store_for(kind), layout.offset
-    values, has_table, cell_bytes, base = _four_rows(layout), layout.table, 64 * layout.bits, ELEMENTS[layout.base]
+    words, four, store, has_offset = _words(layout), _word_values(layout), store_for(kind), layout.offset
+    values, has_table, cell_bytes, gain = _four_rows(layout), layout.table, 64 * layout.bits, _shared(layout)
 
     @device
     def emit(out, place, low, high, scale, offset, table):  # type: ignore[no-untyped-def]
@@ -55,12 +55,13 @@ def unpack_kernel(layout: Layout, kind: str) -> Kernel:
         if at >= 0:
             store(out, at * columns + column, four(low, scale, offset, table), four(high, scale, offset, table))
 
-    @kernel(f"u8* {base} i8* {base} i8* u8* i32* i32 i32 {ELEMENTS[kind]}", key(layout.name(), kind))
+    @kernel(f"u8* u16* i8* u16* i8* u8* i32* i32 i32 {ELEMENTS[kind]}", key(layout.name(), kind))
     def packed(codes, scales, steps, offsets, offset_steps, table, targets, rows, columns, out):  # type: ignore[no-untyped-def]
         tile, lanes, column = _octet()
         if column < columns:
             cell = tile * np.int64(columns >> 5) + (column >> 5)
             low, high = words(codes, cell * cell_bytes + 4 * lanes, np.uint32((column >> 3) & 3))
+            low, high = gain(low, high, steps, tile, lanes, column, columns)
             s = values(scales, steps, tile, lanes, column, columns)
             o = values(offsets, offset_steps, tile, lanes, column, columns) if has_offset else s
             levels = ptx.load_16_constant(table, 0) if has_table else low
@@ -97,10 +98,9 @@ def _targets(targets, tile, lanes, rows):  # type: ignore[no-untyped-def]
     )
 
 
-@functools.cache
-def _words(bits: int) -> Any:
+def _words(layout: Layout) -> Any:
     """words(codes, at, pair): codes of quads 2 · pair and 2 · pair + 1, each a word of four codes for four rows."""
-    planes = PLANES[bits]
+    planes, up = PLANES[layout.bits], np.uint32(layout.up)
     first, second, shift = _plane(planes[0], 0), _plane(planes[-1], 64 * planes[0]), np.uint32(planes[0])
 
     @device
@@ -113,7 +113,40 @@ def _words(bits: int) -> Any:
         more_low, more_high = second(codes, at, pair)
         return joined(low, more_low), joined(high, more_high)
 
-    return words if len(planes) > 1 else first
+    @device
+    def moved(codes, at, pair):  # type: ignore[no-untyped-def]
+        low, high = first(codes, at, pair)
+        return (
+            (low[0] << up, low[1] << up, low[2] << up, low[3] << up),
+            (high[0] << up, high[1] << up, high[2] << up, high[3] << up),
+        )
+
+    if len(planes) > 1:
+        return words
+    return moved if layout.up else first
+
+
+def _shared(layout: Layout) -> Any:
+    """gain(low, high, steps, tile, lanes, column, columns): the codes with what eight columns share."""
+    shift, octets, worth = layout.group.bit_length() - 1, layout.group // OCTET, np.uint32(layout.shared)
+
+    @device
+    def nothing(low, high, steps, tile, lanes, column, columns):  # type: ignore[no-untyped-def]
+        return low, high
+
+    @device
+    def joined(codes, a, b, c, d):  # type: ignore[no-untyped-def]
+        return codes[0] | a, codes[1] | b, codes[2] | c, codes[3] | d
+
+    @device
+    def gain(low, high, steps, tile, lanes, column, columns):  # type: ignore[no-untyped-def]
+        word = ptx.load_4_constant(steps, (tile * (columns >> shift) + (column >> shift)) * TILE + lanes)
+        rows = np.uint32((word >> np.uint32(4 + (column // OCTET) % octets) & 0x01010101) * worth)
+        a, b = ptx.permute(rows, 0, 0), ptx.permute(rows, 0, 0x1111)
+        c, d = ptx.permute(rows, 0, 0x2222), ptx.permute(rows, 0, 0x3333)
+        return joined(low, a, b, c, d), joined(high, a, b, c, d)
+
+    return gain if layout.shared else nothing
 
 
 def _plane(width: int, start: int) -> Any:
@@ -194,16 +227,22 @@ def _loaded_rows(base: str) -> Any:
 
 def _four_rows(layout: Layout) -> Any:
     """values(bases, steps, tile, lanes, column, columns): four rows' scales or offsets of the column's group."""
-    load, stepped = _loaded_rows(layout.base), layout.step
+    load, stepped, step_bits = _loaded_rows(layout.base), layout.step, 15 if layout.shared else 255
+    unit, halved = np.float32(2.0**-layout.down), layout.down > 0
     base_shift, group_shift = layout.base_group.bit_length() - 1, layout.group.bit_length() - 1
 
     @device
     def stepped_by(base, step):  # type: ignore[no-untyped-def]
-        return ptx.multiply(base, np.float32(np.int8(step & 255)))
+        return ptx.multiply(base, np.float32(np.int8(step & step_bits)))
 
     @device
     def values(bases, steps, tile, lanes, column, columns):  # type: ignore[no-untyped-def]
         base = load(bases, (tile * (columns >> base_shift) + (column >> base_shift)) * TILE + lanes)
+        if halved:
+            base = (
+                ptx.multiply(base[0], unit), ptx.multiply(base[1], unit),
+                ptx.multiply(base[2], unit), ptx.multiply(base[3], unit),
+            )  # fmt: skip
         if stepped:
             word = ptx.load_4_constant(
                 steps, (tile * (columns >> group_shift) + (column >> group_shift)) * TILE + lanes

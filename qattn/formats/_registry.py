@@ -57,6 +57,8 @@ class Format:
     """Bits of a code."""
     code: Snippet | None = None
     """The code of weight i, 0 … 2**bits - 1."""
+    shared: Snippet | None = None
+    """The uppermost bit of the codes of octet o, if eight weights share it; steps are 0 … 15 then."""
     zero: int = 0
     """The code of level 0."""
     table: tuple[int, ...] | None = None
