@@ -1,11 +1,13 @@
 """Fixtures that several files use."""
 
+import functools
 import gc
 import os
 import sys
 from pathlib import Path
 
 import hypothesis
+import numba.core.compiler
 import pytest
 
 from qattn.models.fetch import GEMMA3, SMOLLM2, FetchError, fetch
@@ -20,18 +22,24 @@ def pytest_runtest_setup():
     gc.freeze()
 
 
+def untraced(compile_function):
+    """A compiler that no tracer follows: there is nothing to measure in it, and it would take twice as long."""
+
+    @functools.wraps(compile_function)
+    def run(*args, **kwargs):
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return compile_function(*args, **kwargs)
+        finally:
+            sys.settrace(tracer)
+
+    return run
+
+
+numba.core.compiler.compile_extra = untraced(numba.core.compiler.compile_extra)
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
-# Tests of kernels, which no tracer sees; compiling them under one takes 1.6 to 2.4 times as long.
-KERNELS = ("cuda", "test_matmul.py", "test_cache_types.py", "test_attention_over_caches.py", "test_attention_grid.py")
-
-
-def pytest_collection_modifyitems(items):
-    """Measure no coverage in tests of kernels."""
-    for item in items:
-        if item.path.is_relative_to(HERE) and item.path.relative_to(HERE).parts[0] in KERNELS:
-            item.add_marker(pytest.mark.no_cover)
-
 
 def fetched(source):
     """The path of a model, which is fetched if it isn't in the cache.
@@ -83,6 +91,11 @@ def provide_cupy(modules=sys.modules):
 def cupy(monkeypatch):
     """CuPy, or what takes its place."""
     pytest.importorskip("numba_cuda", reason="kernels for GPUs are compiled by numba-cuda")
+    from qattn.cuda.kernel import Kernel
+    from tests.ptx_emulator import Module
+
+    for class_, name in ((Kernel, "_compile"), (Module, "launch")):
+        monkeypatch.setattr(class_, name, untraced(getattr(class_, name)))
     changed = {}
     found = provide_cupy(changed)
     for name, module in changed.items():

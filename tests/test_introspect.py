@@ -111,7 +111,6 @@ def slopes_of(alibi):
     return 2.0 ** (-alibi * np.arange(1, 5) / 4) if alibi else None
 
 
-@pytest.mark.no_cover  # kernels for each type, see conftest.py
 @pytest.mark.parametrize(
     ("dtype", "hadamard"), [*((kind.name, False) for kind in cache_types.TYPES), ("q8_0/q4_0", False), ("q4_0", True)]
 )

@@ -156,6 +156,7 @@ def blocks_kernel(format: Any, kind: str, ids: str = "") -> Kernel:
     return blocks_of
 
 
+@functools.cache
 def _group_value(bits_of: Any, scale_type: str, unit: float, step_of: Any) -> Any:
     """value(b, g): a group's scale or offset, from its bits, its unit and its step."""
     bits, widen, step, stepped = compiled(bits_of), widen_for(scale_type), compiled(step_of), step_of is not None
@@ -173,6 +174,7 @@ def _group_value(bits_of: Any, scale_type: str, unit: float, step_of: Any) -> An
     return value
 
 
+@functools.cache
 def _block_values(format: Any) -> Any:
     """four(b, i, k, scale, offset, table): weights i + k … i + k + 3 of a block, k a constant, i a multiple of 4 or 8.
 

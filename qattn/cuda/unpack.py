@@ -98,6 +98,7 @@ def _targets(targets, tile, lanes, rows):  # type: ignore[no-untyped-def]
     )
 
 
+@functools.cache
 def _words(layout: Layout) -> Any:
     """words(codes, at, pair): codes of quads 2 · pair and 2 · pair + 1, each a word of four codes for four rows."""
     planes, up = PLANES[layout.bits], np.uint32(layout.up)
@@ -126,6 +127,7 @@ def _words(layout: Layout) -> Any:
     return moved if layout.up else first
 
 
+@functools.cache
 def _shared(layout: Layout) -> Any:
     """gain(low, high, steps, tile, lanes, column, columns): the codes with what eight columns share."""
     shift, octets, worth = layout.group.bit_length() - 1, layout.group // OCTET, np.uint32(layout.shared)
@@ -149,6 +151,7 @@ def _shared(layout: Layout) -> Any:
     return gain if layout.shared else nothing
 
 
+@functools.cache
 def _plane(width: int, start: int) -> Any:
     """The same for one plane, which begins at a byte of the cell."""
     mask, quads = np.uint32(((1 << width) - 1) * 0x01010101), 8 // width
@@ -172,6 +175,7 @@ def _plane(width: int, start: int) -> Any:
     return bytes_ if width == 8 else bits
 
 
+@functools.cache
 def _word_values(layout: Layout) -> Any:
     """four(word, scale, offset, table): the values of four codes."""
     has_table, has_offset, narrow_codes = layout.table, layout.offset, layout.bits <= 3
@@ -225,6 +229,7 @@ def _loaded_rows(base: str) -> Any:
     return load
 
 
+@functools.cache
 def _four_rows(layout: Layout) -> Any:
     """values(bases, steps, tile, lanes, column, columns): four rows' scales or offsets of the column's group."""
     load, stepped, step_bits = _loaded_rows(layout.base), layout.step, 15 if layout.shared else 255
