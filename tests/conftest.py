@@ -41,6 +41,7 @@ numba.core.compiler.compile_extra = untraced(numba.core.compiler.compile_extra)
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
 
+
 def fetched(source):
     """The path of a model, which is fetched if it isn't in the cache.
 
