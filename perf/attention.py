@@ -29,7 +29,7 @@ CASES = {
 }  # tokens, and the depth behind which they come
 
 
-def measure(case: str, shape: Shape, args) -> Iterator[harness.Row]:  # type: ignore[no-untyped-def]
+def measure(case: str, shape: Shape, args) -> Iterator[harness.Row]:
     """A row for each type of the cache, which are timed in turn."""
     tokens, depth = CASES[case]
     q, offsets, mask = gaussian(tokens, shape.heads, shape.head_dim), np.array([0, tokens]), masks.get("causal")

@@ -19,7 +19,7 @@ Matrices = dict[str, list[qattn.PackedMatrix]]
 COMMON = ["Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4"]
 
 
-def measure(matrices: Matrices, tokens: int, exact: bool, args) -> list[harness.Row]:  # type: ignore[no-untyped-def]
+def measure(matrices: Matrices, tokens: int, exact: bool, args) -> list[harness.Row]:
     """Time one call of each format after the other, round by round: what memory gives changes within minutes."""
     limits = roofline.limits(args.threads)
     rows, columns = next(iter(matrices.values()))[0].shape

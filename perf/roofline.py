@@ -56,7 +56,7 @@ def _reader(streams: int) -> Any:
     """Add up the vectors of `streams` places of the buffer that are read side by side."""
 
     @micro_kernel
-    def read(e, data, out, lines, distance):  # type: ignore[no-untyped-def]
+    def read(e, data, out, lines, distance):
         unroll = 8 // streams
         totals = [e.register(e.constant(0, e.I32V)) for _ in range(8)]
         with e.loop(lines) as i:
@@ -67,7 +67,7 @@ def _reader(streams: int) -> Any:
             out.at(n * LINE).store(total.get())
 
     @numba.njit(parallel=True)
-    def run(data, out, threads):  # type: ignore[no-untyped-def]
+    def run(data, out, threads):
         share = data.size // threads
         for t in numba.prange(threads):
             read((data[t * share :], out[t], share // (8 * LINE), share // streams // LINE * LINE))
@@ -79,7 +79,7 @@ def _writer(streaming: bool) -> Any:
     """Fill the buffer; streaming stores don't read the line first."""
 
     @micro_kernel
-    def write(e, data, value, lines):  # type: ignore[no-untyped-def]
+    def write(e, data, value, lines):
         vector = value.splat(e.F32)
         with e.loop(lines) as i:
             there = e.builder.bitcast(data.at(i * LINE).ir, e.F32.as_pointer())
@@ -88,7 +88,7 @@ def _writer(streaming: bool) -> Any:
                 store.set_metadata("nontemporal", e.builder.module.add_metadata([ir.Constant(e.I32, 1)]))
 
     @numba.njit(parallel=True)
-    def run(data, value, threads):  # type: ignore[no-untyped-def]
+    def run(data, value, threads):
         share = data.size // threads // LINE * LINE
         for t in numba.prange(threads):
             write((data[t * share :], value, share // LINE))
@@ -100,7 +100,7 @@ def _peak(step: Callable[[Emitter, Value, Value, list[Value]], Value], of_floats
     """Repeat total = step(e, total, left, rights) for independent totals in registers, and a left of their own."""
 
     @micro_kernel
-    def repeat(e, data, out, count):  # type: ignore[no-untyped-def]
+    def repeat(e, data, out, count):
         kind = e.F32 if of_floats else e.I32V
         totals = [e.register(data.at(n * LINE).load(kind)) for n in range(SUMS)]
         lefts = [data.at(n * LINE).load(e.I32V) for n in range(SUMS)]
@@ -112,7 +112,7 @@ def _peak(step: Callable[[Emitter, Value, Value, list[Value]], Value], of_floats
             out.at(n * LINE).store(total.get())
 
     @numba.njit(parallel=True)
-    def run(data, out, count, threads):  # type: ignore[no-untyped-def]
+    def run(data, out, count, threads):
         for t in numba.prange(threads):
             repeat((data, out[t], count))
 
@@ -123,7 +123,7 @@ def _tile_peak() -> Any:
     """Repeat products in tile registers, of four independent sums."""
 
     @micro_kernel
-    def repeat(e, data, out, count):  # type: ignore[no-untyped-def]
+    def repeat(e, data, out, count):
         with tiles(e) as tile:
             for each in tile:
                 each.load(data)
@@ -133,7 +133,7 @@ def _tile_peak() -> Any:
             tile[0].store(out)
 
     @numba.njit(parallel=True)
-    def run(data, out, count, threads):  # type: ignore[no-untyped-def]
+    def run(data, out, count, threads):
         for t in numba.prange(threads):
             repeat((data, out[t], count))
 

@@ -76,7 +76,7 @@ def as_float32(x: Any) -> Any:
 def as_host(x: Any, name: str = "x") -> np.ndarray[Any, Any]:
     """A NumPy array, copied if it is on a GPU: for what the host has to know, such as offsets and positions."""
     x = as_array(x, name)
-    return sys.modules["cupy"].asnumpy(x) if is_cupy(x) else x  # type: ignore[no-any-return]
+    return sys.modules["cupy"].asnumpy(x) if is_cupy(x) else x
 
 
 def as_numpy(x: Any, name: str = "x") -> np.ndarray[Any, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 def is_ours(mask: Any) -> bool:
     """Whether a mask's class belongs to this package, whose sources all that is kept depends on."""
-    return mask.__module__.startswith("qattn.masks.")  # type: ignore[no-any-return]
+    return mask.__module__.startswith("qattn.masks.")
 
 
 @functools.cache

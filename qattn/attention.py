@@ -443,7 +443,7 @@ class AttentionWithRope(Watched):
         heads = backend.scratch("heads", (len(rows), c.num_attention_heads, c.value_dim))
         if stores(c) and probe is None and not cache.cascade:
             backend.rotate_and_attend(rows, rotation, batch, cache, mask, logits, exact=exact, out=heads)
-            return heads  # type: ignore[no-any-return]
+            return heads
         if stores(c):
             q = backend.scratch("q", (len(rows), c.num_attention_heads, c.head_dim))
             backend.rotate_and_store(rows, rotation, batch, cache, q)
@@ -456,7 +456,7 @@ class AttentionWithRope(Watched):
         _, lse = attend(q, cache, batch.row_offsets, mask, logits, exact=exact, out=heads)
         if probe is not None:
             probe.lse = lse
-        return heads  # type: ignore[no-any-return]
+        return heads
 
     def _merge(self, w: LayerWeights, heads: Array, rows: Array) -> Array:
         """The heads' output (tokens, heads, value_dim) → the input of the output projection, (tokens, n) float32."""

@@ -86,7 +86,7 @@ def current(device: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     import cupy
 
-    return cupy.cuda.Device(int(device.split(":")[1]))  # type: ignore[no-any-return]
+    return cupy.cuda.Device(int(device.split(":")[1]))
 
 
 def asarray(array: Any, device: str) -> Any:

@@ -89,7 +89,7 @@ class LatentProjection:
             product = ops.affine_each(x, matrices, precision=self._precision)
             return product if factor == 1 else product * np.float32(factor)
         parts = [self._times(xp.ascontiguousarray(x[:, h]), (matrix, factor)) for h, matrix in enumerate(matrices)]
-        return xp.stack(parts, axis=1)  # type: ignore[no-any-return]
+        return xp.stack(parts, axis=1)
 
     def __call__(self, x: Array) -> Array:
         """x (tokens, hidden_size) → (tokens, outputs) float32."""
@@ -115,7 +115,7 @@ class LatentProjection:
             q = xp.concatenate([q[..., plain:], q[..., :plain]], axis=2)
         parts = [q, k, v] if self._gate is None else [q, k, v, self._times(x, self._gate)]
         rows = xp.concatenate([part.reshape(tokens, math.prod(part.shape[1:])) for part in parts], axis=1)
-        return xp.ascontiguousarray(rows, dtype=np.float32)  # type: ignore[no-any-return]
+        return xp.ascontiguousarray(rows, dtype=np.float32)
 
     def expand(self, heads: Array) -> Array:
         """What attention made of the vectors → the heads' output, (tokens, heads, value_dim) float32."""

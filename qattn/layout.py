@@ -57,8 +57,9 @@ class Layout(NamedTuple):
         """The largest byte that codes stand for, or the largest magnitude of signed ones."""
         if self.signed:
             return 128
-        # levels that aren't a code each reach further down than up
-        return 2 * self.zero if self.table or self.up else (1 << self.bits) - 1
+        if self.table or self.up:
+            return 2 * self.zero  # such levels reach further down than up
+        return (1 << self.bits) - 1
 
     def name(self) -> str:
         """A name for caches, unique and fit for a file."""

@@ -133,7 +133,7 @@ def packed(w: QuantArray | PackedMatrix | Array) -> PackedMatrix:
         return PackedMatrix(as_host(w, "w"))
     if w.cached is None:
         w.cached = PackedMatrix(w.to("cpu")).to(w.device)
-    return w.cached  # type: ignore[no-any-return]
+    return w.cached
 
 
 def rope(x: Any, positions: Any, rotary: RotaryEmbedding, *, out: Array | None = None) -> Array:

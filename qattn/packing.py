@@ -168,24 +168,21 @@ def layout_of(fmt: formats.Format) -> Layout:
 
 def _layout(fmt: formats.Format) -> tuple[Layout, Array]:
     """The kernel's layout for a format, and the table that its codes index."""
-    table, progression = np.zeros(64, np.uint8), _progression(fmt)
-    up, shared = 0, 0
-    if progression is not None:
+    signed, up, shared, table = False, 0, 0, np.zeros(64, np.uint8)
+    progression = _progression(fmt.table, 2 if fmt.shared else 1) if fmt.table else None
+    if fmt.table is None:
+        zero, signed = fmt.zero, wants_signed(fmt.bits, 2**fmt.bits - 1)
+    elif progression:
         zero, up, shared = progression
-        signed = wants_signed(8, 2 * zero)
-    elif fmt.table is not None:
+    else:
         zero = -min(0, *fmt.table)
-        largest = zero + max(fmt.table)
-        signed = wants_signed(8, largest)
+        signed = wants_signed(8, zero + max(fmt.table))
         shifted = np.array(fmt.table) + (0 if signed else zero)
         table = np.resize(np.append(shifted, [0] * 16)[: 1 << fmt.bits], 64).astype(np.uint8)
-    else:
-        zero, largest = fmt.zero, 2**fmt.bits - 1
-        signed = wants_signed(fmt.bits, largest)
     stepped = fmt.step is not None
     layout = Layout(
         bits=fmt.bits - (fmt.shared is not None),
-        table=fmt.table is not None and progression is None,
+        table=bool(table.any()),
         group=fmt.group,
         base_group=fmt.block if stepped else fmt.group,
         base="f16" if fmt.scale_type == "f16" else "bf16",
@@ -200,11 +197,9 @@ def _layout(fmt: formats.Format) -> tuple[Layout, Array]:
     return layout, table
 
 
-def _progression(fmt: formats.Format) -> tuple[int, int, int] | None:
-    """(zero, up, shared) if the levels of a table are those of codes without one, see `Layout`."""
-    if fmt.table is None:
-        return None
-    levels = np.array(fmt.table).reshape(2 if fmt.shared else 1, -1)
+def _progression(table: tuple[int, ...], halves: int) -> tuple[int, int, int] | None:
+    """(zero, up, shared) if each half of a table goes up by the same power of two: see `Layout`."""
+    levels = np.array(table).reshape(halves, -1)
     between, shared = np.diff(levels), levels[-1, 0] - levels[0, 0]
     up = int(between.flat[0]).bit_length() - 1
     if (between != 1 << up).any():

@@ -207,7 +207,7 @@ def _statistics(block: Block) -> Statistics:
 
 def _times_log(weights: Array, logarithms: Array) -> Array:
     """w · log(w), which is 0 for 0."""
-    return weights * namespace(weights).where(weights > 0, logarithms, np.float32(0))  # type: ignore[no-any-return]
+    return weights * namespace(weights).where(weights > 0, logarithms, np.float32(0))
 
 
 _FROM_BLOCK = {

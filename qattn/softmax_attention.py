@@ -168,7 +168,7 @@ def alibi_slopes(heads: int, max_bias: float = 8.0) -> Array:
     _check.at_least("heads", heads, 1)
     power = 2 ** int(np.log2(heads))
     first, rest = np.arange(1, power + 1), np.arange(1, 2 * (heads - power), 2)
-    return np.exp2(-max_bias * np.concatenate([first / power, rest / (2 * power)])).astype(np.float32)  # type: ignore[no-any-return]
+    return np.exp2(-max_bias * np.concatenate([first / power, rest / (2 * power)])).astype(np.float32)
 
 
 _FARTHEST = 128  # tokens: T5's buckets do not tell longer distances apart
@@ -226,7 +226,7 @@ def score_bias(name: str, array: Any, shape: tuple[int, int, int], device: str) 
             array = xp.where(array, np.float32(0), np.float32(-np.inf))
         elif device == "cpu":
             _check.scores(name, array)
-        return xp.ascontiguousarray(array, dtype=np.float32)  # type: ignore[no-any-return]
+        return xp.ascontiguousarray(array, dtype=np.float32)
 
 
 def by_positions(
@@ -325,4 +325,4 @@ def _per_head(name: str, values: Any, heads: int, xp: Any) -> Array:
         raise ValueError(f"distances has {values.shape[1]} columns; expected an odd number, the same for both sides")
     if xp is np:
         _check.finite(name, values)
-    return values  # type: ignore[no-any-return]
+    return values

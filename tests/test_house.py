@@ -111,6 +111,14 @@ def test_every_module_and_public_definition_is_documented(path):
             assert snippet or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_functions_have_types_unless_numba_finds_them(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            compiled = node.decorator_list or node.name in ("_bind", "thunk")
+            assert node.returns or compiled, f"{path}:{node.lineno}: {node.name} has no types"
+
+
 def test_importing_takes_no_extra_and_no_gpu():
     code = "import sys, qattn; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

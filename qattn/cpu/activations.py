@@ -86,7 +86,7 @@ def padded_rows(rows: int) -> int:
 
 
 @micro_kernel
-def _peaks(e, x, peaks, energy, cells):  # type: ignore[no-untyped-def]
+def _peaks(e, x, peaks, energy, cells):
     """The largest magnitude in each cell of a row of float32, and the sum of the row's squares."""
     total = e.register(e.constant(0.0, e.F32))
     with e.loop(cells) as cell:
@@ -129,13 +129,13 @@ def _row_kernels(zero: int, parts: int) -> tuple[Any, Any]:
                 levels.at((slot * 8 + (4 * i + quad)) * stride).store(quads.lane(quad))
 
     @micro_kernel
-    def round_row(e, x, levels, scales, starts, sums, height, cells):  # type: ignore[no-untyped-def]
+    def round_row(e, x, levels, scales, starts, sums, height, cells):
         with e.loop(cells) as cell:
             halves = [x.at(cell * (4 * CELL)).at(64 * i).load(e.F32) for i in range(2)]
             store(e, halves, cell, height, [levels, scales, starts, sums])
 
     @micro_kernel
-    def round_rest(e, x, levels, scales, starts, sums, height, slot):  # type: ignore[no-untyped-def]
+    def round_rest(e, x, levels, scales, starts, sums, height, slot):
         halves = [x.at(64 * i).load(e.F32) for i in range(2)]
         unit, rounded = round_cell(e, halves)
         rest = [half - level * unit.splat(e.F32) for half, level in zip(halves, rounded, strict=True)]
@@ -148,7 +148,7 @@ OUTLIER = np.float32(12)  # times the root mean square of a row: few cells have 
 
 
 @helper
-def _find_outliers(x, top, outliers, second):  # type: ignore[no-untyped-def]
+def _find_outliers(x, top, outliers, second):
     """Mark the cells that have an outlier in the rows from `top`, and give those marked in any row a second slot.
 
     outliers : (rows of a block, cells) bool;  second : (cells,) int64, the second slot of a cell, or 0; both zeroed
@@ -177,7 +177,7 @@ def block_filler(zero: int, group: int) -> Any:
     round_row, round_rest = _row_kernels(zero, parts_of_cell)
 
     @generated(f"{zero}-{group}")
-    def fill_block(x, block, a):  # type: ignore[no-untyped-def]
+    def fill_block(x, block, a):
         top, cells = block * TARGET.rows, x.shape[1] // CELL
         height, first = block_size(x.shape[0] - top), 2 * cells * top
         outliers, second = np.zeros((TARGET.rows, cells), np.bool_), np.zeros(cells, np.int64)
@@ -214,7 +214,7 @@ def quantize(zero: int, group: int) -> Kernel:
     fill_block = block_filler(zero, group)
 
     @kernel(f"{zero}-{group}")
-    def run(x, a, part, parts):  # type: ignore[no-untyped-def]
+    def run(x, a, part, parts):
         for block in share(a.slots.size, part, parts):
             fill_block(x, block, a)
 
@@ -222,7 +222,7 @@ def quantize(zero: int, group: int) -> Kernel:
 
 
 @numba.njit
-def arrange_rows(x, group, a, part, parts):  # type: ignore[no-untyped-def]
+def arrange_rows(x, group, a, part, parts):
     """A part of kernels: see `arrange`."""
     rows, columns = x.shape
     groups = columns // group if group else 0
@@ -239,7 +239,7 @@ def arrange_rows(x, group, a, part, parts):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def arrange(x, group, a, part, parts):  # type: ignore[no-untyped-def]
+def arrange(x, group, a, part, parts):
     """Lay rows of float32 activations out for exact and float kernels, with the sums of groups (of 0: none).
 
     x : (rows, K) float32;  a : `Activations`, with `exact_room` for them, overwritten

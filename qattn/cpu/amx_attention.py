@@ -83,7 +83,7 @@ def _by_twos(e: Emitter, count: Value) -> Iterator[tuple[int, Value]]:
 
 
 @generated("amx")
-def _depth(pairs):  # type: ignore[no-untyped-def]
+def _depth(pairs):
     """How deep tiles are: the most, up to 16 pairs, that so many pairs are a multiple of."""
     depth = PAIRS
     while pairs % depth:
@@ -95,7 +95,7 @@ def _depth(pairs):  # type: ignore[no-untyped-def]
 
 
 @micro_kernel
-def _round_query(e, q, row, scale, vectors):  # type: ignore[no-untyped-def]
+def _round_query(e, q, row, scale, vectors):
     """Vectors of a query, times `scale`, → bfloat16."""
     factor = scale.splat(e.F32)
     with e.loop(vectors) as i:
@@ -103,7 +103,7 @@ def _round_query(e, q, row, scale, vectors):  # type: ignore[no-untyped-def]
 
 
 @micro_kernel
-def _scores(e, panel, keys, scores, blocks, key_tiles, tile_bytes, depth, steps, row_bytes, ahead):  # type: ignore[no-untyped-def]
+def _scores(e, panel, keys, scores, blocks, key_tiles, tile_bytes, depth, steps, row_bytes, ahead):
     """Rows of queries times tiles of keys → scores, a row every KEY_BLOCK floats."""
     a = _Matrix(panel, row_bytes, depth * 4, row_bytes * ROWS)
     b = _Matrix(keys, 64, depth * 64, tile_bytes)
@@ -112,13 +112,13 @@ def _scores(e, panel, keys, scores, blocks, key_tiles, tile_bytes, depth, steps,
 
 
 @generated("amx")
-def row_words(head_dim):  # type: ignore[no-untyped-def]
+def row_words(head_dim):
     """Words that a query row takes in s.panel."""
     return (head_dim + DEPTH - 1) // DEPTH * PAIRS
 
 
 @generated("amx")
-def load(q, s, row, rows, scale):  # type: ignore[no-untyped-def]
+def load(q, s, row, rows, scale):
     """Put a query, (head_dim,) float32, times `scale` into row `row` of `rows`."""
     words, whole = row_words(q.size), q.size // DEPTH
     _round_query((q, s.panel[row * words :], scale, 2 * whole))
@@ -129,7 +129,7 @@ def load(q, s, row, rows, scale):  # type: ignore[no-untyped-def]
 
 
 @generated("amx")
-def score(s, rows, keys, values, key_tiles, head_dim, fetch):  # type: ignore[no-untyped-def]
+def score(s, rows, keys, values, key_tiles, head_dim, fetch):
     """s.scores of the first so many tiles: see `qattn.cpu.attend_sides.Keys`."""
     blocks, tile_bytes, pairs = (rows + ROWS - 1) // ROWS, 2 * keys.shape[1], (head_dim + 1) // 2
     few, depth = rows < TARGET.rows, _depth(pairs)  # where memory binds
@@ -143,7 +143,7 @@ def score(s, rows, keys, values, key_tiles, head_dim, fetch):  # type: ignore[no
 
 
 @micro_kernel
-def _rescale(e, out, factors, rows, slices, slice_bytes):  # type: ignore[no-untyped-def]
+def _rescale(e, out, factors, rows, slices, slice_bytes):
     """out *= the rows' factors."""
     with e.loop(rows) as row:
         factor = factors.at(row * 4).load(e.F32S)
@@ -153,7 +153,7 @@ def _rescale(e, out, factors, rows, slices, slice_bytes):  # type: ignore[no-unt
 
 
 @micro_kernel
-def _add(e, weights, values, out, blocks, slices, key_tiles, tile_bytes, slice_bytes, ahead):  # type: ignore[no-untyped-def]
+def _add(e, weights, values, out, blocks, slices, key_tiles, tile_bytes, slice_bytes, ahead):
     """out += rows of weights times tiles of values, slice by slice."""
     a = _Matrix(weights, 2 * KEY_BLOCK, 2 * LANES, ROWS * 2 * KEY_BLOCK)
     b = _Matrix(values, 64, tile_bytes, 2 * LANES * LANES)
@@ -162,13 +162,13 @@ def _add(e, weights, values, out, blocks, slices, key_tiles, tile_bytes, slice_b
 
 
 @generated("amx")
-def slices_of(value_dim):  # type: ignore[no-untyped-def]
+def slices_of(value_dim):
     """Slices of 16 elements that a row takes in s.out."""
     return (value_dim + LANES - 1) // LANES
 
 
 @generated("amx")
-def add(s, rows, values, key_tiles, follow, value_dim):  # type: ignore[no-untyped-def]
+def add(s, rows, values, key_tiles, follow, value_dim):
     """s.out = s.out · s.factor + weights times the first so many tiles: see `qattn.cpu.attend_sides.Values`."""
     slices, tile_bytes, slice_bytes = slices_of(value_dim), 2 * values.shape[1], 4 * LANES * s.row_max.size
     ahead = key_tiles * tile_bytes if follow and rows < TARGET.rows else 0  # where memory binds

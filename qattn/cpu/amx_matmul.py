@@ -43,7 +43,7 @@ def room(rows: int, columns: int) -> np.ndarray:
 
 
 @micro_kernel
-def _round_row(e, x, out, cells):  # type: ignore[no-untyped-def]
+def _round_row(e, x, out, cells):
     """A row of float32 → its place in a block.  x - x is NaN where x is NaN or infinite, and so are its products."""
     with e.loop(cells) as cell:
         for half in range(2):
@@ -52,7 +52,7 @@ def _round_row(e, x, out, cells):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def round_rows(x, out, part, parts):  # type: ignore[no-untyped-def]
+def round_rows(x, out, part, parts):
     """out = x, rounded to bfloat16: x (rows, K) float32, out `room` for them; rows beyond are 0."""
     rows, cells = x.shape[0], x.shape[1] // CELL
     for block in share(out.shape[0], part, parts):
@@ -65,7 +65,7 @@ def round_rows(x, out, part, parts):  # type: ignore[no-untyped-def]
 
 
 @micro_kernel
-def _leaves_of_bf16(e, weights, *arguments):  # type: ignore[no-untyped-def]
+def _leaves_of_bf16(e, weights, *arguments):
     """Cells of one tile of bfloat16 weights, (K, 16), from the first on → leaves, (cells, 16, 16, 2)."""
     *_, out, first, cells = arguments
     with e.loop(cells) as cell:
@@ -83,7 +83,7 @@ def _leaves_kernel(layout: Layout) -> Any:
     quads = 8 // parts
 
     @micro_kernel
-    def run(e, *arguments):  # type: ignore[no-untyped-def]
+    def run(e, *arguments):
         *packed, out, first, cells = arguments
         with e.loop(cells) as cell:
             weights, there = Weights(e, layout, packed, first + cell), out.at(cell * BYTES)
@@ -102,7 +102,7 @@ def _leaves_kernel(layout: Layout) -> Any:
 
 
 @micro_kernel
-def _multiply(e, x, leaves, sums, out, cells, sizes, pairs, first):  # type: ignore[no-untyped-def]
+def _multiply(e, x, leaves, sums, out, cells, sizes, pairs, first):
     """Two blocks of activations times `cells` leaves of pairs of tiles: 32 rows of 32 floats for each pair.
 
     sums : (pairs, 32, 32) float32, the chunks before this one, unless it is the `first`
@@ -136,14 +136,14 @@ def product(layout: Layout) -> Kernel:
     dequantize = _leaves_kernel(layout)
 
     @generated(layout.name())
-    def fill(packed, tile, count, leaves, first, cells):  # type: ignore[no-untyped-def]
+    def fill(packed, tile, count, leaves, first, cells):
         for i in range(count):
             t = tile + i
             dequantize((packed.codes[t], packed.scales[t], packed.steps[t], packed.offsets[t], packed.offset_steps[t],
                         packed.table, leaves[i], first, cells))  # fmt: skip
 
     @kernel(layout.name())
-    def run(packed, x, out, part, parts):  # type: ignore[no-untyped-def]
+    def run(packed, x, out, part, parts):
         (rows, width), cells, flat = out.shape, x.shape[1], out.reshape(-1)
         tiles, leaf = packed.codes.shape[0], min(cells, _CHUNK) * BYTES
         mine = share((tiles + 1) // 2, part, parts)  # pairs

@@ -119,7 +119,7 @@ def query_kernel(storage: Storage) -> Any:
     bias = 0 if _signed(storage.type) else _bias(storage.type)
 
     @micro_kernel
-    def run(e, q, panel, scale, cells, stride):  # type: ignore[no-untyped-def]
+    def run(e, q, panel, scale, cells, stride):
         factor = scale.splat(e.F32)
         with e.loop(cells) as cell:
             there = panel.at(cell * stride * QUERY_WORDS)
@@ -142,7 +142,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
     all_bytes, signed = size + SCALES * (1 + type_.offset), _signed(type_)
 
     @each_tile
-    def run(e, q, keys, scores, cells):  # type: ignore[no-untyped-def]
+    def run(e, q, keys, scores, cells):
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(cells) as k:
             at, cell = q.at(k * (4 * QUERY_WORDS * rows)), _Cell(e, type_, keys.at(k * size))
@@ -179,7 +179,7 @@ def exact_scores_kernel(storage: Storage, rows: int) -> Any:
     type_, size = storage.type, cell_bytes(storage.type)
 
     @each_tile
-    def run(e, q, keys, scores, cells):  # type: ignore[no-untyped-def]
+    def run(e, q, keys, scores, cells):
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(cells) as k:
             at, cell, there = q.at(k * (4 * CELL * rows)), _Cell(e, type_, keys.at(k * size)), keys.at(cells * size)
@@ -213,7 +213,7 @@ def weights_kernel(storage: Storage, rows: int) -> Any:
     lines = size // 64  # of a cache
 
     @micro_kernel
-    def run(e, weights, values, rounded, units, constants, cell, cells, tiles, tile_bytes, ahead):  # type: ignore[no-untyped-def]
+    def run(e, weights, values, rounded, units, constants, cell, cells, tiles, tile_bytes, ahead):
         first, zeros = values.at(cells * size + cell * SCALES), e.constant(0.0, e.F32)
 
         def products(tile: Value) -> list[tuple[Value, Value]]:
@@ -262,7 +262,7 @@ def values_kernel(storage: Storage, rows: int) -> Any:
     type_, lines = storage.type, cell_bytes(storage.type) // 64
 
     @micro_kernel
-    def run(e, rounded, codes, scales, out, factors, units, constants, tiles, tile_bytes, slice_bytes, ahead):  # type: ignore[no-untyped-def]
+    def run(e, rounded, codes, scales, out, factors, units, constants, tiles, tile_bytes, slice_bytes, ahead):
         sums = [[e.register(e.constant(0, e.I32V)) for _ in range(rows)] for _ in range(2)]
         with e.loop(tiles) as tile:
             cell, at = _Cell(e, type_, codes.at(tile * tile_bytes)), rounded.at(tile * LANES)
@@ -299,7 +299,7 @@ def exact_values_kernel(storage: Storage, rows: int) -> Any:
     type_ = storage.type
 
     @micro_kernel
-    def run(e, weights, codes, scales, offsets, out, factors, tiles, tile_bytes, slice_bytes):  # type: ignore[no-untyped-def]
+    def run(e, weights, codes, scales, offsets, out, factors, tiles, tile_bytes, slice_bytes):
         outputs = [[out.at(slice_bytes * half).at(m * 4 * LANES) for m in range(rows)] for half in range(2)]
         factor = [factors.at(4 * m).load(e.F32S).splat(e.F32) for m in range(rows)]
         totals = [

@@ -62,18 +62,18 @@ def keys(storage: Storage) -> Keys:
     scores = by_size(made, storage)
 
     @generated(name)
-    def steps_of(head_dim):  # type: ignore[no-untyped-def]
+    def steps_of(head_dim):
         return (head_dim + BLOCK - 1) // BLOCK if in_blocks else (head_dim + packed - 1) // packed
 
     @generated(name)
-    def row_words(head_dim):  # type: ignore[no-untyped-def]
+    def row_words(head_dim):
         steps = steps_of(head_dim)
         if in_blocks:
             return steps * (attend_codes.QUERY_WORDS if rounds else BLOCK)
         return steps * words
 
     @generated(name)
-    def load(q, s, row, rows, scale):  # type: ignore[no-untyped-def]
+    def load(q, s, row, rows, scale):
         block, head_dim = row // TARGET.rows * TARGET.rows, q.size
         size, steps = block_size(rows - block), steps_of(head_dim)
         panel = s.panel[block * row_words(head_dim) + row - block :]
@@ -85,7 +85,7 @@ def keys(storage: Storage) -> Keys:
             load_row((q, panel, scale, head_dim, steps * BLOCK if in_blocks else steps, 4 * size))
 
     @generated(name)
-    def score(s, rows, keys, values, tiles, head_dim, fetch):  # type: ignore[no-untyped-def]
+    def score(s, rows, keys, values, tiles, head_dim, fetch):
         steps, size_of_row = steps_of(head_dim), row_words(head_dim)
         lines = (values[0].nbytes + 63) // 64 if fetch and rows < TARGET.rows else 0
         for block in range(0, rows, TARGET.rows):
@@ -110,12 +110,12 @@ def values(storage: Storage) -> Values:
 
 
 @generated("floats")
-def _slices(value_dim):  # type: ignore[no-untyped-def]
+def _slices(value_dim):
     return (value_dim + LANES - 1) // LANES
 
 
 @generated("codes")
-def _whole_cells(value_dim):  # type: ignore[no-untyped-def]
+def _whole_cells(value_dim):
     return (value_dim + BLOCK - 1) // BLOCK * (BLOCK // LANES)
 
 
@@ -125,7 +125,7 @@ def _add_floats(storage: Storage, name: str) -> Any:
     item, half_weights = storage.type.bits // 8, storage.compute == "bf16"
 
     @generated(name)
-    def add(s, rows, values, tiles, follow, value_dim):  # type: ignore[no-untyped-def]
+    def add(s, rows, values, tiles, follow, value_dim):
         weights, tile_bytes = s.weights.view(np.uint16) if half_weights else s.weights, values.shape[1] * item
         ahead = tiles * tile_bytes if follow else 0
         for part in range(_slices(value_dim)):
@@ -142,7 +142,7 @@ def _add_codes(storage: Storage, name: str) -> Any:
     kernel, size = by_size(attend_codes.values_kernel, storage), attend_codes.cell_bytes(storage.type)
 
     @generated(name)
-    def add(s, rows, values, tiles, follow, value_dim):  # type: ignore[no-untyped-def]
+    def add(s, rows, values, tiles, follow, value_dim):
         cells, tile_bytes, slice_of_rows = (value_dim + BLOCK - 1) // BLOCK, values.shape[1], s.row_max.size * LANES
         ahead = tiles * tile_bytes if follow else 0
         for cell in range(cells):
@@ -164,7 +164,7 @@ def _add_exact_codes(storage: Storage, name: str) -> Any:
     kernel, size = by_size(attend_codes.exact_values_kernel, storage), attend_codes.cell_bytes(storage.type)
 
     @generated(name)
-    def add(s, rows, values, tiles, follow, value_dim):  # type: ignore[no-untyped-def]
+    def add(s, rows, values, tiles, follow, value_dim):
         cells, tile_bytes, slice_of_rows = (value_dim + BLOCK - 1) // BLOCK, values.shape[1], s.row_max.size * LANES
         for cell in range(cells):
             scales_at = cells * size + cell * SCALES

@@ -101,7 +101,7 @@ def each_tile(scores: Callable[..., None]) -> Any:
     """
 
     @micro_kernel
-    def run(e, q, keys, out, steps, tiles, tile_bytes, values, value_bytes, lines):  # type: ignore[no-untyped-def]
+    def run(e, q, keys, out, steps, tiles, tile_bytes, values, value_bytes, lines):
         with e.loop(tiles) as tile:
             _ask(e, values.at(tile * value_bytes), lines)
             scores(e, q, keys.at(tile * tile_bytes), out.at(tile * (4 * LANES)), steps)
@@ -114,7 +114,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
     words, step = storage.words, storage.vector_bytes
 
     @each_tile
-    def run(e, q, keys, scores, steps):  # type: ignore[no-untyped-def]
+    def run(e, q, keys, scores, steps):
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(steps) as k:
             if rows < TARGET.rows:  # memory binds
@@ -140,7 +140,7 @@ def values_kernel(storage: Storage, rows: int) -> Any:
     row = KEY_BLOCK * (2 if storage.compute == "bf16" else 4)
 
     @micro_kernel
-    def run(e, weights, values, out, factors, tiles, tile_bytes, ahead):  # type: ignore[no-untyped-def]
+    def run(e, weights, values, out, factors, tiles, tile_bytes, ahead):
         totals = []
         for m in range(rows):
             factor = factors.at(4 * m).load(e.F32S).splat(e.F32)
@@ -166,7 +166,7 @@ def some_rows(make: Callable[[Storage, int], Any], storage: Storage) -> Any:
     one, several = make(storage, 1), make(storage, TOGETHER)
 
     @generated(f"{make.__name__}-{storage}")
-    def run(rows, arguments):  # type: ignore[no-untyped-def]
+    def run(rows, arguments):
         if rows < TOGETHER:
             one(arguments)
             return 1
@@ -186,7 +186,7 @@ def softmax_kernel(storage: Storage, rows: int, masked: bool = False) -> Any:
     item = 2 if storage.halves else 4
 
     @micro_kernel
-    def run(e, scores, weights, tiles, first, end, row_max, row_sum, factor):  # type: ignore[no-untyped-def]
+    def run(e, scores, weights, tiles, first, end, row_max, row_sum, factor):
         lanes = e.constant(list(range(LANES)), e.I32V)
         low, high = (bound.to(e.I32).splat(e.I32V) for bound in (first, end))
         hidden = e.constant(float("-inf"), e.F32)
@@ -226,7 +226,7 @@ def query_kernel(storage: Storage) -> Any:
     """Scatter one query row, times `scale`, into a column-major block: element d of it goes to word d of `panel`."""
 
     @micro_kernel
-    def run(e, q, panel, scale, dims, steps, stride):  # type: ignore[no-untyped-def]
+    def run(e, q, panel, scale, dims, steps, stride):
         def element(d: Value) -> Value:
             """Element d times the scale; 0 past the end, where an odd head is padded to a pair."""
             inside = d.compare("<", dims)
@@ -246,7 +246,7 @@ def query_kernel(storage: Storage) -> Any:
 
 
 @micro_kernel
-def fetch(e, there, size):  # type: ignore[no-untyped-def]
+def fetch(e, there, size):
     """Ask for so many bytes of an array."""
     _ask(e, there, (size + 63) >> 6)
 
@@ -257,7 +257,7 @@ def _ask(e: Emitter, there: Pointer, lines: Value) -> None:
 
 
 @micro_kernel
-def scale(e, x, out, factor, vectors, stride):  # type: ignore[no-untyped-def]
+def scale(e, x, out, factor, vectors, stride):
     """out = x · factor, where the vectors of x are `stride` bytes apart."""
     factors = factor.splat(e.F32)
     with e.loop(vectors) as i:
@@ -265,7 +265,7 @@ def scale(e, x, out, factor, vectors, stride):  # type: ignore[no-untyped-def]
 
 
 @micro_kernel
-def cap(e, scores, tiles, cap):  # type: ignore[no-untyped-def]
+def cap(e, scores, tiles, cap):
     """scores = cap · tanh(scores / cap), all in units of log 2; tanh(y) = ±(1 - t) / (1 + t) with t = exp(-2 |y|)."""
     one, zero = e.constant(1.0, e.F32), e.constant(0.0, e.F32)
     caps = cap.splat(e.F32)
@@ -278,7 +278,7 @@ def cap(e, scores, tiles, cap):  # type: ignore[no-untyped-def]
 
 
 @micro_kernel
-def slope(e, scores, tiles, slope, distance):  # type: ignore[no-untyped-def]
+def slope(e, scores, tiles, slope, distance):
     """scores -= slope · |distance + i| for score i."""
     slopes, lanes = slope.splat(e.F32), e.constant([float(lane) for lane in range(LANES)], e.F32)
     with e.loop(tiles) as tile:

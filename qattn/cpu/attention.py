@@ -77,7 +77,7 @@ class _Scratch(NamedTuple):
 
 
 @helper
-def _scratch(rows, row_words, slices, head_dim):  # type: ignore[no-untyped-def]
+def _scratch(rows, row_words, slices, head_dim):
     rows += LANES  # since the last block may reach further
     weights = aligned(4 * rows * KEY_BLOCK).view(np.float32)
     weights[:] = 0
@@ -97,7 +97,7 @@ def _scratch(rows, row_words, slices, head_dim):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def tokens_per_job(group):  # type: ignore[no-untyped-def]
+def tokens_per_job(group):
     """Tokens whose query rows fill whole blocks of `TARGET.rows`, up to `_ROWS` rows; at least 1."""
     unit = TARGET.rows
     for tokens in range(1, TARGET.rows + 1):
@@ -108,7 +108,7 @@ def tokens_per_job(group):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _plan(row_offsets, ranges, counts, kv_heads, group):  # type: ignore[no-untyped-def]
+def _plan(row_offsets, ranges, counts, kv_heads, group):
     """The jobs of a ragged batch: (jobs, 8) of sequence, KV head, token, tokens, first key, end key, partial row, part.
 
     ranges : (sequences, 2) int64, the keys that a sequence's new tokens may see, from a multiple of SPLIT on
@@ -142,7 +142,7 @@ def _ranges(bounds: Any, mask_name: str) -> Callable[..., Any]:
     """
 
     @generated(f"ranges-{mask_name}")
-    def run(mask, row_offsets, lengths, counts):  # type: ignore[no-untyped-def]
+    def run(mask, row_offsets, lengths, counts):
         ranges = np.zeros((lengths.size, 2), np.int64)
         for s in range(lengths.size):
             low, high = 0, lengths[s]
@@ -155,7 +155,7 @@ def _ranges(bounds: Any, mask_name: str) -> Callable[..., Any]:
             ranges[s, 0], ranges[s, 1] = low, high
         return ranges
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _method(mask: Any, name: str, key: str) -> Callable[..., Any]:
@@ -163,13 +163,13 @@ def _method(mask: Any, name: str, key: str) -> Callable[..., Any]:
     checks = {} if is_ours(mask) else {"boundscheck": True}  # others may index arrays
     function = generated(key, _nrt=True, **checks)(getattr(mask, name))
     if not isinstance(inspect.getattr_static(mask, name), staticmethod):
-        return function  # type: ignore[no-any-return]
+        return function
 
     @generated(f"{name}-{key}")
-    def run(mask, query, key):  # type: ignore[no-untyped-def]
+    def run(mask, query, key):
         return function(query, key)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _bounds(mask: Any, key: str) -> Callable[..., Any]:
@@ -177,11 +177,11 @@ def _bounds(mask: Any, key: str) -> Callable[..., Any]:
     bounds = _method(mask, "bounds", key)
 
     @generated(f"within-{key}")
-    def run(mask, query, keys):  # type: ignore[no-untyped-def]
+    def run(mask, query, keys):
         first, end = bounds(mask, query, keys)
         return min(max(first, 0), keys), min(max(end, 0), keys)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _adjust(mask: Any, key: str) -> Callable[..., Any]:
@@ -193,7 +193,7 @@ def _adjust(mask: Any, key: str) -> Callable[..., Any]:
     sees: Any = _method(mask, "sees", key) if chosen else None
 
     @generated(key)
-    def run(scores, tiles, first, end, start, query, token, head, logits, mask):  # type: ignore[no-untyped-def]
+    def run(scores, tiles, first, end, start, query, token, head, logits, mask):
         count = tiles * LANES
         if logits.cap > 0:
             attend_tiles.cap((scores, tiles, logits.cap * _LOG2E))
@@ -213,7 +213,7 @@ def _adjust(mask: Any, key: str) -> Callable[..., Any]:
                 if not sees(mask, query, start + i):
                     scores[i] = -np.inf
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 @functools.cache
@@ -240,7 +240,7 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
     row_words, slices_of = attend_sides.keys(keys).row_words, attend_sides.values(values).slices
 
     @kernel(name, stable=is_ours(mask))
-    def run(q, cache, row_offsets, lengths, logits, mask, out, lse, partial, part, parts):  # type: ignore[no-untyped-def]
+    def run(q, cache, row_offsets, lengths, logits, mask, out, lse, partial, part, parts):
         tokens, heads, _ = q.shape
         kv_heads, dims = cache.keys.shape[1], cache.value_dim
         group, slices = heads // kv_heads, slices_of(dims)
@@ -267,7 +267,7 @@ def attend(keys: Storage, values: Storage, mask: Any) -> Kernel:
 
 
 @generated("rows", _nrt=False)
-def _finish(job, s, group, heads, rows, lse, partial):  # type: ignore[no-untyped-def]
+def _finish(job, s, group, heads, rows, lse, partial):
     """Write what a job has left in s, normalized, to rows and lse, or as a part."""
     dims, slice_bytes = rows.shape[1], 4 * LANES * s.row_max.size
     for row in range(job[3] * group):
@@ -298,7 +298,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
     half_weights = values.halves
 
     @generated(name)
-    def begin(job, q, cache, position, length, logits, mask, group, s):  # type: ignore[no-untyped-def]
+    def begin(job, q, cache, position, length, logits, mask, group, s):
         """Prepare the rows → the range of keys that any of them sees."""
         head, token, rows = job[1], job[2], job[3] * group
         s.row_max[:rows] = _MASKED
@@ -320,7 +320,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
         return low, high
 
     @generated(name, _nrt=False)  # what it calls inherits this
-    def run(job, q, cache, position, length, logits, mask, group, s):  # type: ignore[no-untyped-def]
+    def run(job, q, cache, position, length, logits, mask, group, s):
         head, token, rows, page_keys = job[1], job[2], job[3] * group, cache.keys.shape[2] * LANES
         weights = s.weights.view(np.uint16) if half_weights else s.weights
         low, high = begin(job, q, cache, position, length, logits, mask, group, s)
@@ -352,7 +352,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
             add(s, rows, values, tiles, follow, cache.value_dim)
             start = stop
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 class Partial(NamedTuple):
@@ -374,7 +374,7 @@ class Partial(NamedTuple):
 
 
 @kernel()
-def merge(row_offsets, kv_heads, partial, out, lse, part, parts):  # type: ignore[no-untyped-def]
+def merge(row_offsets, kv_heads, partial, out, lse, part, parts):
     """Combine the parts of each split token, in the order of their keys (Milakov and Gimelshein, 2018, eq. 4).
 
     out : (tokens, heads, value_dim) float32 and lse : (tokens, heads) float32, overwritten where a token was split

@@ -45,14 +45,14 @@ def dequantize_rows(data: Array, ids: Array, format: Any, out: Array) -> None:
 
 
 @kernel()
-def _take(data, ids, out, part, parts):  # type: ignore[no-untyped-def]
+def _take(data, ids, out, part, parts):
     for i in share(ids.size, part, parts):
         for j in range(out.shape[1]):
             out[i, j] = data[ids[i], j]
 
 
 @kernel()
-def _widen_rows(values, ids, halves, out, part, parts):  # type: ignore[no-untyped-def]
+def _widen_rows(values, ids, halves, out, part, parts):
     for i in share(ids.size, part, parts):
         for j in range(out.shape[1]):
             value = values[ids[i], j]
@@ -97,7 +97,7 @@ def _blocks_kernel(format: Any) -> Kernel:
     block, group, stepped = format.block, format.group, format.step is not None
 
     @kernel(format.name)
-    def run(blocks, scale_values, offset_values, table, out, part, parts):  # type: ignore[no-untyped-def]
+    def run(blocks, scale_values, offset_values, table, out, part, parts):
         scales, offsets = np.empty(block // group, np.float32), np.empty(block // group, np.float32)
         for n in share(blocks.shape[0], part, parts):
             b = blocks[n]

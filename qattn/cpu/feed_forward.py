@@ -19,7 +19,7 @@ _GELU_CUBE = np.float32(0.044715 * 2 * math.sqrt(2 / math.pi))
 
 
 @micro_kernel
-def _sum_of_squares(e, x, vectors, out):  # type: ignore[no-untyped-def]
+def _sum_of_squares(e, x, vectors, out):
     """out[0] = the sum of the squares in the first `vectors` vectors of x."""
     total = e.register(e.constant(0.0, e.F32))
     with e.loop(vectors) as i:
@@ -29,7 +29,7 @@ def _sum_of_squares(e, x, vectors, out):  # type: ignore[no-untyped-def]
 
 
 @micro_kernel
-def _scaled(e, x, weight, factor, vectors, out):  # type: ignore[no-untyped-def]
+def _scaled(e, x, weight, factor, vectors, out):
     """out = x · factor · weight, for the first `vectors` vectors."""
     factors = factor.splat(e.F32)
     with e.loop(vectors) as i:
@@ -41,7 +41,7 @@ def _gated_kernel(activation: str) -> Any:
     """out = activation(gate) · up, for the first `vectors` vectors."""
 
     @micro_kernel
-    def run(e, gate, up, vectors, out):  # type: ignore[no-untyped-def]
+    def run(e, gate, up, vectors, out):
         zero, one = e.constant(0.0, e.F32), e.constant(1.0, e.F32)
         with e.loop(vectors) as i:
             at = i * (4 * LANES)
@@ -55,7 +55,7 @@ def _gated_kernel(activation: str) -> Any:
 
 
 @helper
-def _norm_row(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
+def _norm_row(x, weight, epsilon, out):
     vectors = x.size // LANES
     total = np.zeros(1, np.float32)
     _sum_of_squares((x, vectors, total))
@@ -68,7 +68,7 @@ def _norm_row(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def rms_norm(x, weight, epsilon, out, part, parts):  # type: ignore[no-untyped-def]
+def rms_norm(x, weight, epsilon, out, part, parts):
     """out = x / sqrt(mean(x²) + epsilon) · weight, row by row (Zhang and Sennrich, 2019).
 
     x, out : (tokens, n) float32;  weight : (n,) float32;  epsilon : float32
@@ -88,7 +88,7 @@ def gated(activation: str) -> Kernel:
     gated_vectors, gelu = _gated_kernel(activation), activation == "gelu"
 
     @generated(activation)
-    def gate_row(gate, up, out):  # type: ignore[no-untyped-def]
+    def gate_row(gate, up, out):
         vectors = out.size // LANES
         gated_vectors((gate, up, vectors, out))
         for i in range(vectors * LANES, out.size):
@@ -98,7 +98,7 @@ def gated(activation: str) -> Kernel:
             out[i] = g * ((small if z < 0 else np.float32(1)) / (np.float32(1) + small)) * up[i]
 
     @kernel(activation)
-    def run(gate_up, out, part, parts):  # type: ignore[no-untyped-def]
+    def run(gate_up, out, part, parts):
         size = out.shape[1]
         for row in share(out.shape[0], part, parts):
             gate_row(gate_up[row, :size], gate_up[row, size:], out[row])
@@ -107,7 +107,7 @@ def gated(activation: str) -> Kernel:
 
 
 @kernel()
-def add(x, y, part, parts):  # type: ignore[no-untyped-def]
+def add(x, y, part, parts):
     """x += y: (tokens, n) float32 both."""
     for row in share(x.shape[0], part, parts):
         for column in range(x.shape[1]):
@@ -115,7 +115,7 @@ def add(x, y, part, parts):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def softcap(x, limit, part, parts):  # type: ignore[no-untyped-def]
+def softcap(x, limit, part, parts):
     """x = limit · tanh(x / limit), in place: x (tokens, n) float32."""
     tokens, n = x.shape
     vectors = n // LANES

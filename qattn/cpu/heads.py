@@ -13,7 +13,7 @@ GATES = ("sigmoid", "softplus")
 
 
 @kernel()
-def finish(out, factor, bias, limit, part, parts):  # type: ignore[no-untyped-def]
+def finish(out, factor, bias, limit, part, parts):
     """out = clamp(out · factor + bias, -limit, limit).
 
     out : (tokens, n) float32;  factor, bias, limit : (n,) float32, or empty for none
@@ -31,14 +31,14 @@ def finish(out, factor, bias, limit, part, parts):  # type: ignore[no-untyped-de
 
 
 @helper
-def _center(x):  # type: ignore[no-untyped-def]
+def _center(x):
     mean = x.sum() / np.float32(x.size)
     for i in range(x.size):
         x[i] -= mean
 
 
 @helper(fastmath={"reassoc", "contract"})
-def _mean_square(x):  # type: ignore[no-untyped-def]
+def _mean_square(x):
     total = np.float32(0)
     for i in range(x.size):
         total += x[i] * x[i]
@@ -46,7 +46,7 @@ def _mean_square(x):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def norm_heads(x, first, groups, size, weight, bias, epsilon, layer, part, parts):  # type: ignore[no-untyped-def]
+def norm_heads(x, first, groups, size, weight, bias, epsilon, layer, part, parts):
     """Normalize each of `groups` pieces of `size` columns of x, from column `first` on, in place.
 
     By their root mean square (Zhang and Sennrich, 2019), or if `layer` by mean and variance (Ba et al., 2016).
@@ -69,7 +69,7 @@ def norm_heads(x, first, groups, size, weight, bias, epsilon, layer, part, parts
 
 
 @kernel()
-def scale_tokens(x, first, count, table, angles, part, parts):  # type: ignore[no-untyped-def]
+def scale_tokens(x, first, count, table, angles, part, parts):
     """x[t, first : first + count] *= table[angles[t]]: x (tokens, columns) and table (positions,) float32."""
     for token in share(x.shape[0], part, parts):
         for column in range(first, first + count):
@@ -77,7 +77,7 @@ def scale_tokens(x, first, count, table, angles, part, parts):  # type: ignore[n
 
 
 @kernel()
-def hadamard(x, first, heads, size, part, parts):  # type: ignore[no-untyped-def]
+def hadamard(x, first, heads, size, part, parts):
     """Multiply heads, `size` columns of x each from column `first` on, by a Walsh-Hadamard matrix, in place.
 
     It is that of the largest power of two that divides `size`, block by block, divided by its root: its own inverse.
@@ -98,7 +98,7 @@ def hadamard(x, first, heads, size, part, parts):  # type: ignore[no-untyped-def
 
 
 @helper
-def _gate(value, function):  # type: ignore[no-untyped-def]
+def _gate(value, function):
     if function == 1:  # softplus, without overflow
         return np.float32(max(value, np.float32(0)) + math.log1p(math.exp(-abs(value))))
     small = np.float32(math.exp(-abs(value)))
@@ -106,7 +106,7 @@ def _gate(value, function):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def gate(heads, x, first, per_head, function, part, parts):  # type: ignore[no-untyped-def]
+def gate(heads, x, first, per_head, function, part, parts):
     """heads[t, h, d] *= f(x[t, first + i]) with i = h if `per_head`, else h · value_dim + d.
 
     heads : (tokens, heads, value_dim) float32;  x : (tokens, columns) float32;  function : index in `GATES`

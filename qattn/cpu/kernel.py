@@ -196,13 +196,13 @@ def _run(calls: np.ndarray, threads: int) -> None:
 
 
 @compiled(_nrt=False)
-def _run_part(thunk, arguments, part, parts):  # type: ignore[no-untyped-def]
+def _run_part(thunk, arguments, part, parts):
     """Do one part of a call in this thread, and raise what it raises."""
     _call_or_raise(thunk, arguments, part, parts)
 
 
 @compiled(_nrt=False)
-def _work(calls, state, me):  # type: ignore[no-untyped-def]
+def _work(calls, state, me):
     """Take parts of one call after the other, until all are done.  What fails is noted in state[0].
 
     A thread begins with its own share of the parts, which follow each other, since memory is faster in long pieces;
@@ -225,7 +225,7 @@ def _work(calls, state, me):  # type: ignore[no-untyped-def]
 
 
 @compiled(_nrt=False)
-def _wait(done, parts, following, me, threads):  # type: ignore[no-untyped-def]
+def _wait(done, parts, following, me, threads):
     """Wait until so many parts are done, and meanwhile ask memory for what this thread streams next."""
     asked, end = 0, 0
     for i in range(following.shape[0]):
@@ -269,13 +269,13 @@ def _thunk(body: Any, given: Any) -> Callable[..., None]:
     """A function of `_THUNK` that loads arguments of these types from an address, and is the body of a kernel."""
     load = _loader(given)
 
-    def thunk(address, part, parts):  # type: ignore[no-untyped-def]
+    def thunk(address, part, parts):
         body(*load(address), part, parts)
 
     return thunk
 
 
-def _bind(address, thunk, *values):  # type: ignore[no-untyped-def]
+def _bind(address, thunk, *values):
     """Write arguments to an address → the address of the thunk for their types, once it was told; till then 0."""
     _save(address, values)
     return _told(thunk, values)

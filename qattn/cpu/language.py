@@ -231,7 +231,7 @@ class Language:
 
     def when(self, condition: Value) -> contextlib.AbstractContextManager[Any]:
         """Run the body if a scalar condition holds."""
-        return self.builder.if_then(condition.ir)  # type: ignore[no-any-return]
+        return self.builder.if_then(condition.ir)
 
     def intrinsic(self, name: str, result: ir.Type, *args: Value, **call: Any) -> Value:
         signature = ir.FunctionType(result, [arg.type for arg in args])

@@ -113,7 +113,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int, unpacked: bool = False) -
     quads = 8 // parts  # of a part of a cell
 
     @micro_kernel
-    def run(e, *arguments):  # type: ignore[no-untyped-def]
+    def run(e, *arguments):
         *packed, x, x_scales, starts, sums, cells, out, slots, stride = arguments
         zeros = e.constant(0.0, e.F32)
         totals = [e.register(zeros) for _ in range(rows)]
@@ -157,7 +157,7 @@ def _unpacker(layout: Layout) -> Any:
     """The codes of one tile as bytes: (cells, 8 quads, 16 rows, 4)."""
 
     @micro_kernel
-    def run(e, *arguments):  # type: ignore[no-untyped-def]
+    def run(e, *arguments):
         *packed, out, cells = arguments
         with e.loop(cells) as cell:
             weights = Weights(e, layout, packed, cell)
@@ -177,7 +177,7 @@ def _exact_micro_kernel(layout: Layout, rows: int) -> Any:
     parts = max(1, CELL // layout.group)
 
     @micro_kernel
-    def run(e, *arguments):  # type: ignore[no-untyped-def]
+    def run(e, *arguments):
         *packed, x, sums, out, cells, stride = arguments
         zeros = e.constant(0.0, e.F32)
         totals = [e.register(zeros) for _ in range(rows)]
@@ -212,7 +212,7 @@ def _float_micro_kernel(layout: Layout, rows: int) -> Any:
     """`rows` rows of float32 activations times one tile of float weights."""
 
     @micro_kernel
-    def run(e, weights, x, out, columns, stride):  # type: ignore[no-untyped-def]
+    def run(e, weights, x, out, columns, stride):
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(columns) as k:
             weight = _load_float(e, weights, k, layout.base)
@@ -234,7 +234,7 @@ def by_size(make: Callable[[Any, int], Any], layout: Any) -> Any:
     few, many = some[0], some[-1]
 
     @generated(f"{make.__name__}-{layout}")
-    def run(size, arguments):  # type: ignore[no-untyped-def]
+    def run(size, arguments):
         if size == TARGET.rows:
             full(arguments)
         elif size == 1:
@@ -257,7 +257,7 @@ def _block_times_tile(layout: Layout, exact: bool, unpacked: bool = False) -> An
         float_kernel = by_size(_float_micro_kernel, layout)
 
         @generated(f"{layout}-{exact}")
-        def multiply(p, tile, codes, x, row, size, out, stride):  # type: ignore[no-untyped-def]
+        def multiply(p, tile, codes, x, row, size, out, stride):
             columns = p.codes.shape[1]
             float_kernel(size, (codes, x.levels[row * columns :], out, columns, stride))
 
@@ -265,7 +265,7 @@ def _block_times_tile(layout: Layout, exact: bool, unpacked: bool = False) -> An
         exact_kernel = by_size(_exact_micro_kernel, layout)
 
         @generated(f"{layout}-{exact}")
-        def multiply(p, tile, codes, x, row, size, out, stride):  # type: ignore[no-untyped-def]
+        def multiply(p, tile, codes, x, row, size, out, stride):
             columns = p.codes.shape[1] * CELL
             exact_kernel(size, (codes, p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
                                 p.table, x.levels[row * columns :], x.sums[row * (columns // group) :], out,
@@ -275,7 +275,7 @@ def _block_times_tile(layout: Layout, exact: bool, unpacked: bool = False) -> An
         int8_kernel = by_size(_unpacked_micro_kernel if unpacked else _quantized_micro_kernel, layout)
 
         @generated(f"{layout}-{unpacked}")
-        def multiply(p, tile, codes, x, row, size, out, stride):  # type: ignore[no-untyped-def]
+        def multiply(p, tile, codes, x, row, size, out, stride):
             block, slots = row // TARGET.rows, x.cells.shape[1]
             first = row * slots
             int8_kernel(size, (codes, p.scales[tile], p.steps[tile], p.offsets[tile], p.offset_steps[tile],
@@ -305,7 +305,7 @@ def _block_of_tiles(layout: Layout, exact: bool) -> Any:
 
     # Counting references would take as long as a few hundred columns of a tile.
     @generated(_name(layout, exact), _nrt=False)
-    def run_tiles(packed, tile0, tiles, x, out, buffer, codes, part, parts):  # type: ignore[no-untyped-def]
+    def run_tiles(packed, tile0, tiles, x, out, buffer, codes, part, parts):
         rows, width, flat, columns = out.shape[0], out.shape[1], out.reshape(-1), packed.codes.shape[1] * cell
         chunk = max(1, _CACHE // columns // TARGET.rows) * TARGET.rows
         for first in range(0, rows, chunk):
@@ -346,7 +346,7 @@ def product(layout: Layout, exact: bool) -> Kernel:
     run_tiles, shares = _block_of_tiles(layout, exact), _shares(layout, exact)
 
     @kernel(_name(layout, exact))
-    def run(packed, x, out, part, parts):  # type: ignore[no-untyped-def]
+    def run(packed, x, out, part, parts):
         buffer = np.empty(TARGET.rows * LANES, np.float32)
         codes = aligned(packed.codes.shape[1] * CELL * LANES if shares else 0)
         run_tiles(packed, 0, packed.codes.shape[0], x, out, buffer, codes, part, parts)
@@ -367,7 +367,7 @@ def product_each(layout: Layout, exact: bool) -> Kernel:
     fill_block, group_sums = None if floats or exact else block_filler(layout.zero, group), 0 if floats else group
 
     @kernel(f"each-{_name(layout, exact)}")
-    def run(packed, heads, x, room, out, part, parts):  # type: ignore[no-untyped-def]
+    def run(packed, heads, x, room, out, part, parts):
         buffer = np.empty(TARGET.rows * LANES, np.float32)
         tiles, columns = packed.codes.shape[0] // heads, x.shape[1] // heads
         codes = aligned(columns * LANES if shares else 0)

@@ -31,7 +31,7 @@ def narrow_kernel(kind: str) -> Any:
     """float32 → elements of a float type, 16 at a time."""
 
     @micro_kernel
-    def run(e, x, out, vectors):  # type: ignore[no-untyped-def]
+    def run(e, x, out, vectors):
         with e.loop(vectors) as i:
             value = x.at(i * (4 * LANES)).load(e.F32)
             if kind == "f32":
@@ -47,14 +47,14 @@ def narrow_kernel(kind: str) -> Any:
 
 
 @helper
-def _inverse(scale):  # type: ignore[no-untyped-def]
+def _inverse(scale):
     """1 / scale, or 0 where that is infinite."""
     inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
     return inverse if abs(inverse) < np.inf else np.float32(0)
 
 
 @helper
-def _peak(x):  # type: ignore[no-untyped-def]
+def _peak(x):
     """The element of largest magnitude, the first of equals."""
     largest, peak = np.float32(0), np.float32(0)
     for i in range(BLOCK):
@@ -72,7 +72,7 @@ def _by_amax(type_: CacheType) -> Any:
     most, zero = np.float32(type_.zero - 1), type_.zero
 
     @generated(type_.kind)
-    def run(x, codes):  # type: ignore[no-untyped-def]
+    def run(x, codes):
         scale = abs(_peak(x)) / most
         inverse = _inverse(scale)
         for i in range(BLOCK):
@@ -87,7 +87,7 @@ def _by_peak(type_: CacheType) -> Any:
     zero, half, most = np.float32(type_.zero), np.float32(type_.zero + 0.5), (1 << type_.bits) - 1
 
     @generated(type_.kind)
-    def run(x, codes):  # type: ignore[no-untyped-def]
+    def run(x, codes):
         scale = _peak(x) / -zero
         inverse = _inverse(scale)
         for i in range(BLOCK):
@@ -102,7 +102,7 @@ def _by_range(type_: CacheType) -> Any:
     steps = np.float32(most)
 
     @generated(type_.kind)
-    def run(x, codes):  # type: ignore[no-untyped-def]
+    def run(x, codes):
         low = high = x[0]
         for i in range(1, BLOCK):
             low, high = min(low, x[i]), max(high, x[i])
@@ -119,7 +119,7 @@ def _by_table(type_: CacheType) -> Any:
     levels = np.array(type_.table, np.float32)
 
     @micro_kernel
-    def encode(e, x, codes, inverse):  # type: ignore[no-untyped-def]
+    def encode(e, x, codes, inverse):
         one, factor = e.constant(1, e.I32V), inverse.splat(e.F32)
         for half in range(BLOCK // LANES):
             level, code = x.at(half * 4 * LANES).load(e.F32) * factor, one * 0
@@ -128,7 +128,7 @@ def _by_table(type_: CacheType) -> Any:
             codes.at(half * LANES).store(code.to(e.I8V))
 
     @generated(type_.kind)
-    def run(x, codes):  # type: ignore[no-untyped-def]
+    def run(x, codes):
         scale = _peak(x) / levels[0]
         encode((x, codes, _inverse(scale)))
         along, square = np.float32(0), np.float32(0)

@@ -35,7 +35,7 @@ def pack(format: Any, layout: Layout, flip: int) -> Kernel:
     store_codes = _store_codes(format, layout, flip)
 
     @kernel(format.name)
-    def run(rows, base_values, offset_values, packed, part, parts):  # type: ignore[no-untyped-def]
+    def run(rows, base_values, offset_values, packed, part, parts):
         codes, scales, steps = packed.codes, packed.scales, packed.steps
         offsets, offset_steps = packed.offsets, packed.offset_steps
         for tile in share(codes.shape[0], part, parts):

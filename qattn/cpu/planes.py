@@ -26,4 +26,4 @@ def quad_codes(vector: Callable[[int], Value], bits: int, quad: int, clean: bool
         mask = (1 << end if clean or end < bits else 256) - (1 << shift) << up
         word = (part & mask * 0x01010101) | word
         first, shift = first + plane, end
-    return word  # type: ignore[no-any-return]
+    return word

@@ -130,26 +130,26 @@ def _array_at(typing_context: Any, address: Any, shape: Any) -> Any:
 
 
 @compiled(_nrt=False)
-def _own(desk):  # type: ignore[no-untyped-def]
+def _own(desk):
     """Make a desk one's own → whether it was nobody's."""
     return exchange(desk[_OWNED:], 0, 1)
 
 
 @compiled(_nrt=False)
-def _call(desk):  # type: ignore[no-untyped-def]
+def _call(desk):
     """Tell a helper that sleeps that there will be an offer → whether it did."""
     return exchange(desk, _ASLEEP, _CALLED)
 
 
 @compiled(_nrt=False)
-def _close(gate):  # type: ignore[no-untyped-def]
+def _close(gate):
     """Wait until there is no work, and let none begin."""
     while not exchange(gate, 0, 1):
         pause()
 
 
 @compiled(_nrt=False)
-def _leave(desk):  # type: ignore[no-untyped-def]
+def _leave(desk):
     """Tell a helper, which has no work, that there will be no more."""
     while not (
         exchange(desk, _IDLE, _LEAVING) or exchange(desk, _ASLEEP, _LEAVING) or exchange(desk, _CALLED, _LEAVING)
@@ -161,7 +161,7 @@ def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
     """The loops of a helper, and of a thread that has work."""
 
     @compiled(_nrt=False)
-    def serve(desk, me):  # type: ignore[no-untyped-def]
+    def serve(desk, me):
         """Do what is offered → whether to sleep, after a while without work, or to leave."""
         looks = 0
         while True:
@@ -184,7 +184,7 @@ def _compiled(work: Callable[..., None]) -> tuple[Any, Any]:
             looks += 1
 
     @compiled(_nrt=False)
-    def lead(gate, desks, calls, state, me):  # type: ignore[no-untyped-def]
+    def lead(gate, desks, calls, state, me):
         """Offer the work and do it, and come back when no helper is at it any more → False if the gate is closed.
 
         `me` is 0; the literal would have a type of its own, and all the work be compiled for it once more.

@@ -14,7 +14,7 @@ from qattn.cpu.store import store
 
 
 @helper
-def _rotate(x, out, cos, sin, neox):  # type: ignore[no-untyped-def]
+def _rotate(x, out, cos, sin, neox):
     """out = x with its first 2 · len(cos) elements rotated in pairs (2i, 2i + 1), or (i, i + len(cos)) if neox."""
     half = cos.size
     for i in range(half):
@@ -27,7 +27,7 @@ def _rotate(x, out, cos, sin, neox):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _rotate_row(x, cos, sin, neox, out):  # type: ignore[no-untyped-def]
+def _rotate_row(x, cos, sin, neox, out):
     """out[h] = head h of a row rotated, where the heads lie side by side at the beginning of x."""
     size = out.shape[1]
     for h in range(out.shape[0]):
@@ -35,7 +35,7 @@ def _rotate_row(x, cos, sin, neox, out):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def rotate(x, cos, sin, positions, neox, out, part, parts):  # type: ignore[no-untyped-def]
+def rotate(x, cos, sin, positions, neox, out, part, parts):
     """out[t, h] = x[t, h] rotated by the angles of positions[t].
 
     x, out : (tokens, heads, head_dim) float32;  cos, sin : (positions, rope_dims / 2) float32
@@ -45,7 +45,7 @@ def rotate(x, cos, sin, positions, neox, out, part, parts):  # type: ignore[no-u
 
 
 @kernel()
-def rotate_heads(rows, heads, size, cos, sin, angles, neox, part, parts):  # type: ignore[no-untyped-def]
+def rotate_heads(rows, heads, size, cos, sin, angles, neox, part, parts):
     """Rotate the first `heads` heads of `size` elements of each row in place, by the angles of angles[t].
 
     rows : (tokens, columns) float32;  cos, sin : (positions, rope_dims / 2) float32
@@ -69,7 +69,7 @@ def rotate_and_store(key_kind: str, value_kind: str) -> Kernel:
     value_room, put_value = store(value_kind, False)
 
     @generated(f"{key_kind}-{value_kind}")
-    def store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h):  # type: ignore[no-untyped-def]
+    def store_head(qkv, cos, sin, batch, neox, cache, keys_at, values_at, h):
         """Append one KV head's new keys and values to their tiles."""
         head_dim, value_dim, page_keys = cache.head_dim, cache.value_dim, cache.keys.shape[2] * LANES
         rotated = np.zeros((max(head_dim, value_dim) + BLOCK - 1) // BLOCK * BLOCK, np.float32)
@@ -91,7 +91,7 @@ def rotate_and_store(key_kind: str, value_kind: str) -> Kernel:
             put_value(rotated, value_dim, values, lane, room_of_value)
 
     @kernel(f"{key_kind}-{value_kind}")
-    def run(qkv, cos, sin, batch, neox, cache, lengths, q, part, parts):  # type: ignore[no-untyped-def]
+    def run(qkv, cos, sin, batch, neox, cache, lengths, q, part, parts):
         tokens, heads, head_dim = q.shape
         kv_heads = cache.keys.shape[1]
         keys_at, values_at = heads * head_dim, (heads + kv_heads) * head_dim

@@ -41,11 +41,11 @@ def _floats(kind: str, of_keys: bool) -> Store:
     clamps, most = kind == "f16" and not of_keys, np.float32(LARGEST_F16)
 
     @generated(name)
-    def room(size):  # type: ignore[no-untyped-def]
+    def room(size):
         return np.zeros((size + LANES - 1) // LANES * LANES, element)
 
     @generated(name, _nrt=False)
-    def put(x, size, tile, lane, narrowed):  # type: ignore[no-untyped-def]
+    def put(x, size, tile, lane, narrowed):
         if clamps:  # 0, which the values of hidden keys are multiplied with, would not hide infinity
             _clamp(x, most)
         narrow((x, narrowed, narrowed.size // LANES))
@@ -64,14 +64,14 @@ def _codes(type_: CacheType, of_keys: bool) -> Store:
     place, size_of_cell, offset = _placer(type_, of_keys, name), cell_bytes(type_), type_.offset
 
     @generated(name)
-    def room(size):  # type: ignore[no-untyped-def]
+    def room(size):
         cells = (size + BLOCK - 1) // BLOCK
         vectors = (2 * cells + LANES - 1) // LANES
         factors = np.zeros(vectors * LANES, np.float32), np.zeros(vectors * LANES, np.uint16)
         return np.zeros(BLOCK, np.uint8), factors[0], factors[1]
 
     @generated(name, _nrt=False)
-    def put(x, size, tile, lane, room):  # type: ignore[no-untyped-def]
+    def put(x, size, tile, lane, room):
         codes, factors, narrowed = room
         _clamp(x, np.float32(LARGEST_F16))
         cells = (size + BLOCK - 1) // BLOCK
@@ -87,7 +87,7 @@ def _codes(type_: CacheType, of_keys: bool) -> Store:
 
 
 @helper
-def _clamp(x, most):  # type: ignore[no-untyped-def]
+def _clamp(x, most):
     for d in range(x.size):
         x[d] = min(max(x[d], -most), most)
 
@@ -101,7 +101,7 @@ def _placer(type_: CacheType, of_keys: bool, name: str) -> Any:
     parts = tuple(planes)
 
     @generated(name)
-    def place(codes, cell, lane):  # type: ignore[no-untyped-def]
+    def place(codes, cell, lane):
         for i in range(BLOCK):
             quad, at = i // 4, 4 * lane + i % 4
             if not of_keys:

@@ -75,7 +75,7 @@ def padded(rows: int) -> int:
 
 
 @device
-def _sum_of_lanes(value, lanes):  # type: ignore[no-untyped-def]
+def _sum_of_lanes(value, lanes):
     """The sum over 4 or 8 neighbouring lanes."""
     value += cuda.shfl_xor_sync(_EVERY, value, 1)
     value += cuda.shfl_xor_sync(_EVERY, value, 2)
@@ -85,26 +85,26 @@ def _sum_of_lanes(value, lanes):  # type: ignore[no-untyped-def]
 
 
 @device
-def _four(x, at):  # type: ignore[no-untyped-def]
+def _four(x, at):
     """Four neighbouring float32."""
     a, b, c, d = ptx.load_16(x, at)
     return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
 
 
 @device
-def _bad(x):  # type: ignore[no-untyped-def]
+def _bad(x):
     """0, or NaN where x is NaN or infinite; it spoils the scale, and so the result, as float arithmetic would."""
     return ptx.add(x, -x)
 
 
 @device
-def _low_bytes(a, b, c, d):  # type: ignore[no-untyped-def]
+def _low_bytes(a, b, c, d):
     """The lowest bytes of four words: where a rounded number's magic sum has the number itself."""
     return ptx.permute(ptx.permute(a, b, 0x0040), ptx.permute(c, d, 0x0040), 0x5410)
 
 
 @device
-def _energy(x, start, columns):  # type: ignore[no-untyped-def]
+def _energy(x, start, columns):
     """The sum of the squares of a row, for all threads of the block."""
     thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
     energies = cuda.shared.array(32, float32)
@@ -126,7 +126,7 @@ def _energy(x, start, columns):  # type: ignore[no-untyped-def]
 
 
 @device
-def _round(v):  # type: ignore[no-untyped-def]
+def _round(v):
     """A cell, four columns a lane → its scale; the lane's integers, each plus the magic number; its peak."""
     largest = max(max(abs(v[0]), abs(v[1])), max(abs(v[2]), abs(v[3])))
     largest = max(largest, cuda.shfl_xor_sync(_EVERY, largest, 1))
@@ -144,7 +144,7 @@ def _round(v):  # type: ignore[no-untyped-def]
 
 
 @device
-def _rest(v, rounded, unit):  # type: ignore[no-untyped-def]
+def _rest(v, rounded, unit):
     """What rounding left over of one column."""
     return ptx.add(v, -ptx.multiply(ptx.add(rounded, -_MAGIC), unit))
 
@@ -155,7 +155,7 @@ def quantize_kernel(zero: int, groups: int) -> Any:
     lanes = 8 // groups  # of a group
 
     @device
-    def store(v, unit, rounded, real, at, quad, levels, scales, starts, sums):  # type: ignore[no-untyped-def]
+    def store(v, unit, rounded, real, at, quad, levels, scales, starts, sums):
         """Write the cell of a row whose scale lies at `at`; a scale of 0 if it isn't real.  Called by whole warps."""
         a, b = ptx.bits_of(rounded[0]), ptx.bits_of(rounded[1])
         c, d = ptx.bits_of(rounded[2]), ptx.bits_of(rounded[3])
@@ -176,7 +176,7 @@ def quantize_kernel(zero: int, groups: int) -> Any:
                 sums[there] = ptx.multiply(scale, total)
 
     @kernel("f32* u8* f32* i32* f32* u8* i32 i32", f"{zero}_{groups}")
-    def quantize(x, levels, scales, starts, sums, seconds, rows, cells):  # type: ignore[no-untyped-def]
+    def quantize(x, levels, scales, starts, sums, seconds, rows, cells):
         row, thread, threads = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         head, heads, room = int32(cuda.blockIdx.y), int32(cuda.gridDim.y), int32(cuda.gridDim.x)
         first = (head * room + (row & ~7)) * cells + (row & 7)  # where the scale of the row's first cell lies

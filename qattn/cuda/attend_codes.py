@@ -38,12 +38,12 @@ def stride_of(kind: str) -> Callable[..., Any]:
     in_blocks, block_bytes, single = type_.in_blocks, type_.block_bytes, kind == "f32"
 
     @device
-    def run(size):  # type: ignore[no-untyped-def]
+    def run(size):
         if in_blocks:
             return int32((((size + 31) >> 5) * block_bytes + 3) & ~3)
         return int32(size if single else (size + 15) & ~15)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _table_words(type_: CacheType, bias: int) -> tuple[int, ...]:
@@ -63,19 +63,19 @@ def element_of(kind: str) -> Callable[..., Any]:
         wide = widen_for(kind)
 
         @device
-        def plain(array, row, size, d):  # type: ignore[no-untyped-def]
+        def plain(array, row, size, d):
             return wide(array[row + d])
 
-        return plain  # type: ignore[no-any-return]
+        return plain
     bits, zero, offset, has_table = type_.bits, type_.zero, type_.offset, bool(type_.table)
     code_bytes, t0, t1, t2, t3 = BLOCK * type_.bits // 8, *_table_words(type_, 128)
 
     @device
-    def factor(array, at):  # type: ignore[no-untyped-def]
+    def factor(array, at):
         return ptx.f16_to_f32(array[at] | int32(array[at + 1]) << 8)
 
     @device
-    def code_of(array, block, i):  # type: ignore[no-untyped-def]
+    def code_of(array, block, i):
         if bits == 8:
             return int32(array[block + i])
         octet, nibble = int32(i >> 3), int32(((i >> 1) & 3) + 4 * (i & 1))
@@ -86,7 +86,7 @@ def element_of(kind: str) -> Callable[..., Any]:
         return int32(code)
 
     @device
-    def coded(array, row, size, d):  # type: ignore[no-untyped-def]
+    def coded(array, row, size, d):
         blocks, block = int32((size + 31) >> 5), int32(d >> 5)
         code = code_of(array, row + block * code_bytes, int32(d & 31))
         level = int32(code - zero)
@@ -99,7 +99,7 @@ def element_of(kind: str) -> Callable[..., Any]:
             value = float32(value + factor(array, at + 2 * blocks))
         return value
 
-    return coded  # type: ignore[no-any-return]
+    return coded
 
 
 # --------------------------------------------------------------------------------------------------------- octets
@@ -128,7 +128,7 @@ def octets(kind: str, size: int) -> Octets:
     each, scales, scale_word, offset_word = 8 if bits == 8 else 4, blocks * code_bytes, 2 if two_words else 1, 3
 
     @device
-    def bring(array, row, block, octet, to, step):  # type: ignore[no-untyped-def]
+    def bring(array, row, block, octet, to, step):
         codes = row + int64(uint32(block * code_bytes + octet * each))
         ptx.copy_async_4(array, codes, to)
         if bits == 8:
@@ -142,14 +142,14 @@ def octets(kind: str, size: int) -> Octets:
             ptx.copy_async_4(array, row + int64(there), to + uint32(offset_word * step))
 
     @device
-    def twice(from_, number):  # type: ignore[no-untyped-def]
+    def twice(from_, number):
         """Factor `number` of a row, in both halves, from the word that it shares with its neighbour."""
         return ptx.permute(ptx.load_shared_4(from_), 0, uint32(0x1010) + uint32(0x2222) * uint32(number & 1))
 
     decode = _decoder(type_)
 
     @device
-    def pairs(from_, step, block, octet):  # type: ignore[no-untyped-def]
+    def pairs(from_, step, block, octet):
         first, second, scale, start = ptx.load_shared_4(from_), uint32(0), uint32(0), uint32(0)
         if two_words:
             second = ptx.load_shared_4(from_ + uint32(step))
@@ -169,18 +169,18 @@ def _decoder(type_: CacheType) -> Callable[..., Any]:
     t0, t1, t2, t3 = _table_words(type_, 128)
 
     @device
-    def finished(code, scale, start):  # type: ignore[no-untyped-def]
+    def finished(code, scale, start):
         level = ptx.subtract_f16(code | uint32(_1024), uint32(zero))
         return ptx.multiply_add_f16(level, scale, start) if offset else ptx.multiply_f16(level, scale)
 
     @device
-    def looked_up(codes):  # type: ignore[no-untyped-def]
+    def looked_up(codes):
         """Four codes, in the lower nibbles → a byte for each."""
         low, high = ptx.permute(t0, t1, codes & 0x7777), ptx.permute(t2, t3, codes & 0x7777)
         return ptx.permute(low, high, uint32(0x3210) | (codes & 0x8888) >> 1)
 
     @device
-    def nibbles(first, second, octet, scale, start):  # type: ignore[no-untyped-def]
+    def nibbles(first, second, octet, scale, start):
         fifth = uint32(second >> (4 * uint32(octet)))
         p = (
             (first & 0xF_000F) | (fifth << 4 & 0x10_0010),
@@ -200,32 +200,32 @@ def _decoder(type_: CacheType) -> Callable[..., Any]:
         )  # fmt: skip
 
     @device
-    def two_bytes(word, selector, scale):  # type: ignore[no-untyped-def]
+    def two_bytes(word, selector, scale):
         return finished(ptx.permute(word, 0, selector), scale, uint32(0))
 
     @device
-    def whole_bytes(first, second, octet, scale, start):  # type: ignore[no-untyped-def]
+    def whole_bytes(first, second, octet, scale, start):
         return (
             two_bytes(first, 0x4140, scale), two_bytes(first, 0x4342, scale),
             two_bytes(second, 0x4140, scale), two_bytes(second, 0x4342, scale),
         )  # fmt: skip
 
     @device
-    def two_floats(word, selector):  # type: ignore[no-untyped-def]
+    def two_floats(word, selector):
         """e4m3 moved to float16's place: exponents are 8 too small there."""
         both = ptx.permute(word, 0, selector)
         return ptx.multiply_f16((both & 0x8000_8000) | (both & 0x7F00_7F00) >> 1, _256)
 
     @device
-    def floats(first, second, octet, scale, start):  # type: ignore[no-untyped-def]
+    def floats(first, second, octet, scale, start):
         return (
             two_floats(first, 0x1404), two_floats(first, 0x3424),
             two_floats(second, 0x1404), two_floats(second, 0x3424),
         )  # fmt: skip
 
     if not type_.in_blocks:
-        return floats  # type: ignore[no-any-return]
-    return whole_bytes if bits == 8 else nibbles  # type: ignore[no-any-return]
+        return floats
+    return whole_bytes if bits == 8 else nibbles
 
 
 # --------------------------------------------------------------------------------------------------------- pieces
@@ -252,18 +252,18 @@ def piece(kind: str, size: int, width: int) -> Piece:
     load = {8: ptx.load_shared_16, 4: ptx.load_shared_8, 2: _load_2}[width]
 
     @device
-    def begin(array, row, d, start, to):  # type: ignore[no-untyped-def]
+    def begin(array, row, d, start, to):
         copy(array, row + int64(uint32(d)) + start, to)
 
     @device
-    def taken(from_, d, start):  # type: ignore[no-untyped-def]
+    def taken(from_, d, start):
         return load(from_)
 
     return Piece(begin, taken)
 
 
 @device
-def _load_2(from_):  # type: ignore[no-untyped-def]
+def _load_2(from_):
     return (ptx.load_shared_4(from_),)
 
 
@@ -272,27 +272,27 @@ def _coded_piece(octet: Octets, width: int) -> Piece:
     bring, pairs = octet
 
     @device
-    def place(slot):  # type: ignore[no-untyped-def]
+    def place(slot):
         return uint32(slot - uint32(12) * uint32(cuda.threadIdx.x & 31))
 
     @device
-    def begin(array, row, d, start, to):  # type: ignore[no-untyped-def]
+    def begin(array, row, d, start, to):
         at = uint32(d + start)
         bring(array, row, at >> 5, at >> 3 & 3, place(to), 128)
 
     @device
-    def whole(from_, d, start):  # type: ignore[no-untyped-def]
+    def whole(from_, d, start):
         at = uint32(d + start)
         return pairs(place(from_), 128, at >> 5, at >> 3 & 3)
 
     @device
-    def half(from_, d, start):  # type: ignore[no-untyped-def]
+    def half(from_, d, start):
         a, b, c, e = whole(from_, d, start)
         second = uint32(d + start) & 4 != 0
         return c if second else a, e if second else b
 
     @device
-    def quarter(from_, d, start):  # type: ignore[no-untyped-def]
+    def quarter(from_, d, start):
         a, b = half(from_, d, start)
         return (b if uint32(d + start) & 2 != 0 else a,)
 

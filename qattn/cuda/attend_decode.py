@@ -136,7 +136,7 @@ def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..
     (begin8, taken8), (begin4, taken4) = piece(kind, size, 8), piece(kind, size, 4)
 
     @device
-    def bring(keys, at, r, c, to):  # type: ignore[no-untyped-def]
+    def bring(keys, at, r, c, to):
         """The first key begins at keys[at]."""
         there = at + int64(uint32(r * between))
         for i in range(full):
@@ -147,7 +147,7 @@ def _key_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..
                 begin4(keys, there + 8 * between * tile, 4 * c, 32 * full, to + uint32((2 * full + tile) * _SLOT))
 
     @device
-    def multiply(queries, from_, r, c, s):  # type: ignore[no-untyped-def]
+    def multiply(queries, from_, r, c, s):
         """s = q · k for rows r and r + 8 and eight keys twice; `queries` is the shared address of q."""
         for i in range(8):
             s[i] = float32(0)
@@ -185,7 +185,7 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[
     (begin8, taken8), (begin4, taken4), (begin2, taken2) = (piece(kind, size, width) for width in (8, 4, 2))
 
     @device
-    def bring(values, at, r, c, column, to):  # type: ignore[no-untyped-def]
+    def bring(values, at, r, c, column, to):
         """The first value begins at values[at]."""
         for i in range(4):
             there = at + int64(uint32((2 * c + i % 2 + i // 2 * 8) * between))
@@ -197,7 +197,7 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[
                 begin2(values, there, column + 2 * r, start2, to + uint32(slot2 + i * _SLOT))
 
     @device
-    def add_products(p, v, count, o, first):  # type: ignore[no-untyped-def]
+    def add_products(p, v, count, o, first):
         """Products of 16 keys' weights with `count` columns for each r."""
         for j in range(8):
             if j < count:
@@ -208,7 +208,7 @@ def _value_steps(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[
                 )
 
     @device
-    def multiply(p, from_, v, r, column, o):  # type: ignore[no-untyped-def]
+    def multiply(p, from_, v, r, column, o):
         """`v` has room for a lane's 16 words of a piece: w-th words of the four keys are w, 4 + w, 8 + w and 12 + w."""
         for n in range(wide):
             for i in range(4):
@@ -233,7 +233,7 @@ def _spread(sizes: Sizes) -> Callable[..., Any]:
     columns, (wide, rest4, rest2, start4, start2) = sizes.columns, sizes.pieces
 
     @device
-    def spread_piece(o, width, start, factor0, factor1, sums, r, c):  # type: ignore[no-untyped-def]
+    def spread_piece(o, width, start, factor0, factor1, sums, r, c):
         for j in range(width):
             a, to = start // 2 + 4 * j, uint32(r * columns + 2 * width * c + (start + j))
             sums[to], sums[to + width] = o[a] * factor0, o[a + 1] * factor0
@@ -241,7 +241,7 @@ def _spread(sizes: Sizes) -> Callable[..., Any]:
             sums[to], sums[to + width] = o[a + 2] * factor1, o[a + 3] * factor1
 
     @device
-    def spread(o, factor0, factor1, sums, r, c):  # type: ignore[no-untyped-def]
+    def spread(o, factor0, factor1, sums, r, c):
         for n in range(wide):
             spread_piece(o, 8, 64 * n, factor0, factor1, sums, r, c)
         if rest4:
@@ -249,7 +249,7 @@ def _spread(sizes: Sizes) -> Callable[..., Any]:
         if rest2:
             spread_piece(o, 2, start2, factor0, factor1, sums, r, c)
 
-    return spread  # type: ignore[no-any-return]
+    return spread
 
 
 @functools.cache
@@ -257,7 +257,7 @@ def _softmax(change: Callable[..., Any], sees: Callable[..., Any]) -> Callable[.
     """A device function: scores of rows r and r + 8 → weights in their place; and by what that before shrinks."""
 
     @device
-    def weigh(s, key, given, rows, first0, end0, first1, end1, state):  # type: ignore[no-untyped-def]
+    def weigh(s, key, given, rows, first0, end0, first1, end1, state):
         """key : of the first column, 2 c;  state : peaks and sums of both rows"""
         peak0, peak1 = state[0], state[1]
         row0, row1 = rows
@@ -280,7 +280,7 @@ def _softmax(change: Callable[..., Any], sees: Callable[..., Any]) -> Callable[.
             state[2 + i % 4 // 2] += s[i]
         return shrink0, shrink1
 
-    return weigh  # type: ignore[no-any-return]
+    return weigh
 
 
 @functools.cache
@@ -294,7 +294,7 @@ def walker(storage: Storage, variant: Variant, sizes: Sizes) -> Callable[..., An
     columns, warps, stage, ring = sizes.columns, sizes.warps, sizes.stage, sizes.ring
 
     @device
-    def walk(  # type: ignore[no-untyped-def]
+    def walk(
         cache, sequence, head, column, first, end, first0, end0, first1, end1, part, given, rows, shared, o, state
     ):
         """Each warp its 16 keys of a block's step from `first` on: o and state, as fragments of rows r and r + 8."""
@@ -334,7 +334,7 @@ def walker(storage: Storage, variant: Variant, sizes: Sizes) -> Callable[..., An
             here, other = other, here
             key = after
 
-    return walk  # type: ignore[no-any-return]
+    return walk
 
 
 @functools.cache
@@ -344,7 +344,7 @@ def finisher(sizes: Sizes) -> Callable[..., Any]:
     sums_at, peaks_at, size = sizes.ring // 4, sizes.peaks // 4, ROWS * columns
 
     @device
-    def finish(  # type: ignore[no-untyped-def]
+    def finish(
         o, state, shared, token, place, group, heads, first_head, first_row, last_row, column, part, parts, results
     ):
         """Join the warps' results, and write the rows; those of parts lie as if tokens began at `place`."""
@@ -387,7 +387,7 @@ def finisher(sizes: Sizes) -> Callable[..., Any]:
                         results.lse[to] = natural_lse(peak, whole)
             i = int32(i + 32 * warps)
 
-    return finish  # type: ignore[no-any-return]
+    return finish
 
 
 @functools.cache
@@ -404,7 +404,7 @@ def decode_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: 
         f"{storage.key}_{variant.key}_{head_dim}_{value_dim}",
         cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
-    def decode(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, parts, given):  # type: ignore[no-untyped-def]
+    def decode(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, parts, given):
         shared, queries = cuda.shared.array(0, float32, 16), cuda.shared.array(0, uint16, 16)
         o, state = cuda.local.array(sums, float32), cuda.local.array(4, float32)
         group, part = int32(uint32(heads) // uint32(cache.kv_heads)), int32(cuda.blockIdx.y)

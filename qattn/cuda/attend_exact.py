@@ -62,7 +62,7 @@ def _bring(kind: str) -> Callable[..., Any]:
     stride, element = stride_of(kind), element_of(kind)
 
     @device
-    def bring(there, first, size, start, shared):  # type: ignore[no-untyped-def]
+    def bring(there, first, size, start, shared):
         cuda.syncthreads()
         between = stride(size)
         at, i = first * between, int32(cuda.threadIdx.x)
@@ -75,7 +75,7 @@ def _bring(kind: str) -> Callable[..., Any]:
             i = int32(i + cuda.blockDim.x)
         cuda.syncthreads()
 
-    return bring  # type: ignore[no-any-return]
+    return bring
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def _score(kind: str) -> Callable[..., Any]:
     bring_keys = _bring(kind)
 
     @device
-    def score(keys, key, head_dim, row, tile, queries, s):  # type: ignore[no-untyped-def]
+    def score(keys, key, head_dim, row, tile, queries, s):
         """queries : the shared address of all rows"""
         lane, stride = int32(cuda.threadIdx.x & 31), int32((head_dim + 3) & ~3)
         for m in range(ROWS):
@@ -103,7 +103,7 @@ def _score(kind: str) -> Callable[..., Any]:
                 d = int32(d + 4)
             start = int32(start + CHUNK)
 
-    return score  # type: ignore[no-any-return]
+    return score
 
 
 @functools.cache
@@ -112,7 +112,7 @@ def _collect(kind: str) -> Callable[..., Any]:
     bring_values = _bring(kind)
 
     @device
-    def collect(values, key, value_dim, row, tile, weights, sums, factor):  # type: ignore[no-untyped-def]
+    def collect(values, key, value_dim, row, tile, weights, sums, factor):
         """weights : a shared address"""
         total = cuda.local.array(ROWS, float32)
         start = int32(0)
@@ -136,7 +136,7 @@ def _collect(kind: str) -> Callable[..., Any]:
                 d = int32(d + 32)
             start = int32(start + CHUNK)
 
-    return collect  # type: ignore[no-any-return]
+    return collect
 
 
 @functools.cache
@@ -145,7 +145,7 @@ def _looker(mask: Any) -> Callable[..., Any]:
     bounds = bounds_of(mask)
 
     @device
-    def look(given, first_row, rows, last_row, group, before, length, row, firsts, ends):  # type: ignore[no-untyped-def]
+    def look(given, first_row, rows, last_row, group, before, length, row, firsts, ends):
         low, high, m = int32(length), int32(0), int32(0)
         while m < rows:
             flat = uint32(min(first_row + m, last_row))
@@ -157,11 +157,11 @@ def _looker(mask: Any) -> Callable[..., Any]:
             firsts[m], ends[m] = bounds(given, int32(before + flat // uint32(group)), length)
         return low, high
 
-    return look  # type: ignore[no-any-return]
+    return look
 
 
 @device
-def _hold(q, at, scale, head_dim, stride, shared, row, value_dim, sums):  # type: ignore[no-untyped-def]
+def _hold(q, at, scale, head_dim, stride, shared, row, value_dim, sums):
     """A row of q, which begins at q[at], to shared memory; and its sums, which are 0."""
     d = int32(cuda.threadIdx.x & 31)
     while d < stride:
@@ -174,7 +174,7 @@ def _hold(q, at, scale, head_dim, stride, shared, row, value_dim, sums):  # type
 
 
 @device
-def _finish(sums, row, value_dim, peak, whole, to, parts, results):  # type: ignore[no-untyped-def]
+def _finish(sums, row, value_dim, peak, whole, to, parts, results):
     """Write a row, or what a part of the keys gives it."""
     lane = int32(cuda.threadIdx.x & 31)
     if lane == 0:
@@ -204,9 +204,7 @@ def exact_kernel(storage: Storage, variant: Variant) -> Kernel:
         f"{storage.key}_{variant.key}",
         cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
-    def exact(  # type: ignore[no-untyped-def]
-        q, cache, row_offsets, lengths, scale, results, sequences, heads, head_dim, value_dim, few, parts, given
-    ):
+    def exact(q, cache, row_offsets, lengths, scale, results, sequences, heads, head_dim, value_dim, few, parts, given):
         shared = cuda.shared.array(0, float32, 16)
         rows, warp, lane = int32(cuda.blockDim.x >> 3), int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
         stride = int32((head_dim + 3) & ~3)

@@ -42,9 +42,7 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
         f"{storage.key}_{variant.key}_{head_dim}_{value_dim}",
         batch=BATCH, cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
-    def fused(  # type: ignore[no-untyped-def]
-        qkv, width, cos, sin, half, neox, batch, cache, lengths, scale, results, heads, parts, given
-    ):
+    def fused(qkv, width, cos, sin, half, neox, batch, cache, lengths, scale, results, heads, parts, given):
         shared, queries = cuda.shared.array(0, float32, 16), cuda.shared.array(0, uint16, 16)
         o, state = cuda.local.array(sums, float32), cuda.local.array(4, float32)
         kv_heads = cache.kv_heads

@@ -73,7 +73,7 @@ def _scores(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., 
     row, tiles, count, (read, _) = sizes.key_row, sizes.tiles, sizes.step // 2, pair_at(sizes.heads.head_dim)
 
     @device
-    def hold(q, row, scale, to):  # type: ignore[no-untyped-def]
+    def hold(q, row, scale, to):
         """A row begins at q[row]; `to` is the shared address of the lane's first word of it, others lie 8 further."""
         start = uint32(2 * (cuda.threadIdx.x & 3))
         for i in range(2 * steps):
@@ -82,7 +82,7 @@ def _scores(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], Callable[..., 
             ptx.store_shared_4(to + uint32(512 * (i // 2) + 8 * (i % 2)), word)
 
     @device
-    def multiply(q_at, k_at, a, s):  # type: ignore[no-untyped-def]
+    def multiply(q_at, k_at, a, s):
         """s = the scores of a step; q_at and k_at are the lane's shared addresses."""
         for i in range(tiles * count):
             s[i] = float32(0)
@@ -110,7 +110,7 @@ def _looker(mask: Any, rows: int) -> Callable[..., Any]:
     bounds = bounds_of(mask)
 
     @device
-    def look(given, first_row, last, group, before, length, seen, place, ranges, mine):  # type: ignore[no-untyped-def]
+    def look(given, first_row, last, group, before, length, seen, place, ranges, mine):
         """seen[place …] : the first key and the end for each row, 24 places apart
         ranges[mine …] : the least first key, the largest end, and between which keys all rows see all
         """
@@ -127,7 +127,7 @@ def _looker(mask: Any, rows: int) -> Callable[..., Any]:
         if lane == 0:
             ranges[mine], ranges[mine + 1], ranges[mine + 2], ranges[mine + 3] = low, high, all_first, all_end
 
-    return look  # type: ignore[no-any-return]
+    return look
 
 
 @functools.cache
@@ -135,10 +135,10 @@ def _place_of_score(count: int) -> Callable[..., Any]:
     """A device function: where a lane has score i, of `count`, of a row: 2 m and 2 m + 1 are r and r + 8 of tile m."""
 
     @device
-    def at(row, i):  # type: ignore[no-untyped-def]
+    def at(row, i):
         return row // 2 * (2 * count) + i // 2 * 4 + row % 2 * 2 + i % 2
 
-    return at  # type: ignore[no-any-return]
+    return at
 
 
 def _settler(variant: Variant, sizes: Sizes) -> Callable[..., Any]:
@@ -147,7 +147,7 @@ def _settler(variant: Variant, sizes: Sizes) -> Callable[..., Any]:
     (row_of, change, _), sees, asks = scores_of(variant), sees_of(variant.mask), variant.sees
 
     @device
-    def hidden(key, seen, place, given, heads, shift):  # type: ignore[no-untyped-def]
+    def hidden(key, seen, place, given, heads, shift):
         """A bit for each score: whether the mask hides it.  A loop of its own, so that that of scores is unrolled."""
         bits, n = uint32(0), int32(0)
         while n < rows * count:
@@ -161,7 +161,7 @@ def _settler(variant: Variant, sizes: Sizes) -> Callable[..., Any]:
         return bits
 
     @device
-    def settle(s, key, seen, place, given, heads, shift):  # type: ignore[no-untyped-def]
+    def settle(s, key, seen, place, given, heads, shift):
         """key : the lane's first;  place : where in `seen` the bounds of the first row are"""
         bits = uint32(0)
         if asks:
@@ -176,7 +176,7 @@ def _settler(variant: Variant, sizes: Sizes) -> Callable[..., Any]:
                 shown = k >= first and k < end and bits & uint32(1 << (row * count + i)) == 0
                 s[at(row, i)] = changed if shown else float32(EMPTY)
 
-    return settle  # type: ignore[no-any-return]
+    return settle
 
 
 @functools.cache
@@ -185,7 +185,7 @@ def _softmax(count: int, rows: int) -> Callable[..., Any]:
     at = _place_of_score(count)
 
     @device
-    def weigh(s, peaks, totals, shrinks):  # type: ignore[no-untyped-def]
+    def weigh(s, peaks, totals, shrinks):
         for row in range(rows):
             peak = peaks[row]
             for i in range(count):
@@ -199,7 +199,7 @@ def _softmax(count: int, rows: int) -> Callable[..., Any]:
                 total = float32(total + s[at(row, i)])
             totals[row] = total
 
-    return weigh  # type: ignore[no-any-return]
+    return weigh
 
 
 @functools.cache
@@ -209,7 +209,7 @@ def _collector(kind: str, sizes: Sizes) -> Callable[..., Any]:
     pairs, stride, tiles, count, sums = columns // 16, sizes.value_row, sizes.tiles, sizes.step // 2, columns // 2
 
     @device
-    def collect(s, shrinks, v_at, a, o):  # type: ignore[no-untyped-def]
+    def collect(s, shrinks, v_at, a, o):
         least = float32(1)
         for row in range(2 * tiles):
             least = min(least, shrinks[row])
@@ -235,11 +235,11 @@ def _collector(kind: str, sizes: Sizes) -> Callable[..., Any]:
                         a[f], a[f + 1], a[f + 2], a[f + 3], v2, v3, o[t + 4], o[t + 5], o[t + 6], o[t + 7]
                     )
 
-    return collect  # type: ignore[no-any-return]
+    return collect
 
 
 @device
-def _block_range(ranges, warps):  # type: ignore[no-untyped-def]
+def _block_range(ranges, warps):
     """The least first key and the largest end of the warps' rows."""
     low, high = ranges[0], ranges[1]
     for w in range(4, 4 * warps, 4):
@@ -254,7 +254,7 @@ def _finisher(sizes: Sizes) -> Callable[..., Any]:
     _, write = pair_at(value_dim)
 
     @device
-    def finish(o, peaks, totals, seen, place, column, part, parts, results):  # type: ignore[no-untyped-def]
+    def finish(o, peaks, totals, seen, place, column, part, parts, results):
         """place : where in `seen` the bounds of the first row are"""
         lane = uint32(cuda.threadIdx.x & 3)
         for row in range(rows):
@@ -274,7 +274,7 @@ def _finisher(sizes: Sizes) -> Callable[..., Any]:
                     else:
                         results.lse[target] = natural_lse(peaks[row], total)
 
-    return finish  # type: ignore[no-any-return]
+    return finish
 
 
 @functools.cache
@@ -303,7 +303,7 @@ def prefill_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim:
         f"{storage.key}_{variant.key}_{head_dim}_{value_dim}",
         cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
-    def prefill(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, parts, given):  # type: ignore[no-untyped-def]
+    def prefill(q, cache, row_offsets, lengths, scale, results, sequences, heads, few, parts, given):
         shared, ranges = cuda.shared.array(0, uint16, 16), cuda.shared.array(all_ranges, int32)  # by warp: see below
         a, s, o = (
             cuda.local.array(factors, uint32),

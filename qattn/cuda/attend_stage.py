@@ -86,7 +86,7 @@ def _octets_of(count: int, each: int, threads: int) -> tuple[Callable[..., Any],
     """Device functions (has, mine): which of `count` octets, `each` of a key, a thread has in a round from i on."""
 
     @device
-    def mine(i):  # type: ignore[no-untyped-def]
+    def mine(i):
         """The key, and which of its octets."""
         if threads % each == 0:  # rounds are at fixed distances
             key = uint32(uint32(cuda.threadIdx.x) // uint32(each))
@@ -95,7 +95,7 @@ def _octets_of(count: int, each: int, threads: int) -> tuple[Callable[..., Any],
         return key, uint32(cuda.threadIdx.x + i - key * uint32(each))
 
     @device
-    def has(i):  # type: ignore[no-untyped-def]
+    def has(i):
         return i + threads <= count or cuda.threadIdx.x < count - i
 
     return has, mine
@@ -113,7 +113,7 @@ def mover(kind: str, size: int, taken: int, row: int, sizes: Sizes) -> tuple[Cal
     has, mine = _octets_of(count, each, threads)
 
     @device
-    def bring(there, at, column, to):  # type: ignore[no-untyped-def]
+    def bring(there, at, column, to):
         for i in range(0, count, threads):
             if has(i):
                 key, octet = mine(i)
@@ -121,7 +121,7 @@ def mover(kind: str, size: int, taken: int, row: int, sizes: Sizes) -> tuple[Cal
                 ptx.copy_async_16(there, from_, uint32(to + key * uint32(row) + octet * uint32(16)))
 
     @device
-    def nothing(from_, column, to):  # type: ignore[no-untyped-def]
+    def nothing(from_, column, to):
         pass
 
     if not in_codes(kind):
@@ -129,12 +129,12 @@ def mover(kind: str, size: int, taken: int, row: int, sizes: Sizes) -> tuple[Cal
     begin, pairs = octets(kind, size)
 
     @device
-    def slot(start, i):  # type: ignore[no-untyped-def]
+    def slot(start, i):
         """The first of a thread's words in a round, and how far apart they are: side by side with those of others."""
         return uint32(start + uint32(16 * i) + uint32(4 * cuda.threadIdx.x)), 4 * min(threads, count - i)
 
     @device
-    def bring_codes(there, at, column, to):  # type: ignore[no-untyped-def]
+    def bring_codes(there, at, column, to):
         for i in range(0, count, threads):
             if has(i):
                 (key, octet), (into, step) = mine(i), slot(to, i)
@@ -142,7 +142,7 @@ def mover(kind: str, size: int, taken: int, row: int, sizes: Sizes) -> tuple[Cal
                 begin(there, at + int64(uint32(key * uint32(between))), octet >> 2, octet & 3, into, step)
 
     @device
-    def unfold(from_, column, to):  # type: ignore[no-untyped-def]
+    def unfold(from_, column, to):
         for i in range(0, count, threads):
             if has(i):
                 (key, octet), (at, step) = mine(i), slot(from_, i)
@@ -159,25 +159,25 @@ def pair_at(size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if size % 16 == 0:
 
         @device
-        def read(x, row, d):  # type: ignore[no-untyped-def]
+        def read(x, row, d):
             first, second = ptx.load_8(x, row + int64(d))
             return ptx.float_of(first), ptx.float_of(second)
 
         @device
-        def write(x, row, d, first, second):  # type: ignore[no-untyped-def]
+        def write(x, row, d, first, second):
             ptx.store_8(x, row + int64(d), ptx.bits_of(first), ptx.bits_of(second))
 
         return read, write
 
     @device
-    def read_some(x, row, d):  # type: ignore[no-untyped-def]
+    def read_some(x, row, d):
         """What lies behind the row is 0."""
         first = x[row + int64(d)] if d < size else float32(0)
         second = x[row + int64(d + 1)] if d + 1 < size else float32(0)
         return first, second
 
     @device
-    def write_some(x, row, d, first, second):  # type: ignore[no-untyped-def]
+    def write_some(x, row, d, first, second):
         if d < size:
             x[row + int64(d)] = first
         if d + 1 < size:

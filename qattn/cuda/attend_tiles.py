@@ -59,7 +59,7 @@ RESULTS = (Results, "f32* f32* f32* f32*")
 
 
 @device
-def find_tile(row_offsets, sequences, tile, group, rows, least, most):  # type: ignore[no-untyped-def]
+def find_tile(row_offsets, sequences, tile, group, rows, least, most):
     """(sequence, tile in it): number `tile` of the tiles of `rows` rows of all sequences; (-1, 0) if there are fewer.
 
     A sequence has a row for each of its new tokens and each of `group` query heads; sequences with other than
@@ -90,7 +90,7 @@ def find_tile(row_offsets, sequences, tile, group, rows, least, most):  # type: 
 
 
 @device
-def part_of(low, high, part, parts):  # type: ignore[no-untyped-def]
+def part_of(low, high, part, parts):
     """(first, end) of one part of the keys low … high - 1, which are cut into at most `parts` at multiples of 64."""
     low = int32(low & ~(SPLIT_BLOCK - 1))
     each = int32(uint32(max(high - low, 0) + parts - 1) // uint32(parts))
@@ -100,7 +100,7 @@ def part_of(low, high, part, parts):  # type: ignore[no-untyped-def]
 
 
 @device
-def row_min(value):  # type: ignore[no-untyped-def]
+def row_min(value):
     """The least over the rows of an mma fragment, which lie in lanes 4 r + c, for each lane."""
     for step in (4, 8, 16):
         value = int32(min(value, int32(cuda.shfl_xor_sync(ALL_LANES, value, step))))
@@ -108,7 +108,7 @@ def row_min(value):  # type: ignore[no-untyped-def]
 
 
 @device
-def row_max(value):  # type: ignore[no-untyped-def]
+def row_max(value):
     """The largest, likewise."""
     for step in (4, 8, 16):
         value = int32(max(value, int32(cuda.shfl_xor_sync(ALL_LANES, value, step))))
@@ -116,7 +116,7 @@ def row_max(value):  # type: ignore[no-untyped-def]
 
 
 @device
-def quad_max(value):  # type: ignore[no-untyped-def]
+def quad_max(value):
     """The largest over the four lanes that hold a row of an mma fragment, for each of them."""
     for step in (1, 2):
         value = max(value, cuda.shfl_xor_sync(ALL_LANES, value, step))
@@ -124,7 +124,7 @@ def quad_max(value):  # type: ignore[no-untyped-def]
 
 
 @device
-def quad_sum(value):  # type: ignore[no-untyped-def]
+def quad_sum(value):
     """Their sum, likewise."""
     for step in (1, 2):
         value = float32(value + cuda.shfl_xor_sync(ALL_LANES, value, step))
@@ -132,26 +132,26 @@ def quad_sum(value):  # type: ignore[no-untyped-def]
 
 
 @device
-def natural_lse(peak, total):  # type: ignore[no-untyped-def]
+def natural_lse(peak, total):
     """The natural logarithm of Σ exp, from the largest score and the sum in units of log 2; -inf if nothing is seen."""
     bits = ptx.bits_of(float32((peak + ptx.log2(max(total, float32(1e-37)))) * float32(LN2)))
     return ptx.float_of(bits if total > float32(0) else 0xFF800000)
 
 
 @device
-def part_lse(peak, total):  # type: ignore[no-untyped-def]
+def part_lse(peak, total):
     """What a part tells `merge`: the logarithm of its sum in units of log 2, `EMPTY` if it saw nothing, or NaN."""
     return float32(peak + ptx.log2(total)) if ptx.bits_of(total) != 0 else float32(EMPTY)
 
 
 @device
-def inverse(total):  # type: ignore[no-untyped-def]
+def inverse(total):
     """1 / total, or 0 where nothing was seen."""
     return float32(1) / total if total > float32(0) else float32(0)
 
 
 @device
-def find_sequence(row_offsets, sequences, token):  # type: ignore[no-untyped-def]
+def find_sequence(row_offsets, sequences, token):
     """The sequence of a token: how many later ones begin at or before it."""
     count, s = int32(0), int32((cuda.threadIdx.x & 31) + 1)
     while s < sequences:
@@ -163,14 +163,14 @@ def find_sequence(row_offsets, sequences, token):  # type: ignore[no-untyped-def
 
 
 @device
-def row_at(token, flat, group, heads, first_head):  # type: ignore[no-untyped-def]
+def row_at(token, flat, group, heads, first_head):
     """The row of q (tokens · heads, …) that row `flat` of a sequence and KV head is: its tokens begin at `token`."""
     new = int32(uint32(flat) // uint32(group))
     return (token + new) * heads + int32(first_head + flat - new * group)
 
 
 @device
-def leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, results):  # type: ignore[no-untyped-def]
+def leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, results):
     """Note that this part of a tile of 16 rows saw nothing."""
     flat = int32(first_row + cuda.threadIdx.x)
     if cuda.threadIdx.x < 16 and flat <= last_row:

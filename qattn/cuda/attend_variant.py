@@ -127,11 +127,11 @@ def bounds_of(mask: Any) -> Callable[..., Any]:
     bounds = _method(mask, "bounds", "query, keys")
 
     @device
-    def bounds_within(given, query, keys):  # type: ignore[no-untyped-def]
+    def bounds_within(given, query, keys):
         first, end = bounds(given, query, keys)
         return int32(max(first, 0)), int32(min(end, keys))
 
-    return bounds_within  # type: ignore[no-any-return]
+    return bounds_within
 
 
 @functools.cache
@@ -141,10 +141,10 @@ def sees_of(mask: Any) -> Callable[..., Any]:
         return _method(mask, "sees", "query, key")
 
     @device
-    def always(given, query, key):  # type: ignore[no-untyped-def]
+    def always(given, query, key):
         return True
 
-    return always  # type: ignore[no-any-return]
+    return always
 
 
 def _method(mask: Any, name: str, arguments: str) -> Callable[..., Any]:
@@ -158,7 +158,7 @@ def _method(mask: Any, name: str, arguments: str) -> Callable[..., Any]:
         instance = ""
     scope = {"mask": mask, "method": device(getattr(mask, name))}
     exec(f"def {name}(given, {arguments}):\n    return method({instance}{arguments})", scope)
-    return device(scope[name])  # type: ignore[no-any-return]
+    return device(scope[name])
 
 
 # --------------------------------------------------------------------------------------------------------- scores
@@ -176,7 +176,7 @@ class Row(NamedTuple):
 
 
 @device
-def _read(array, index):  # type: ignore[no-untyped-def]
+def _read(array, index):
     """An element, read where it stands: many reads that are brought forward would take all registers."""
     return ptx.float_of(ptx.load_4_constant(array, index))
 
@@ -190,7 +190,7 @@ def scores_of(variant: Variant, precise: bool = False) -> tuple[Callable[..., An
 @functools.cache
 def _row_of(with_slopes: bool, with_bias: bool, with_distances: bool) -> Callable[..., Any]:
     @device
-    def row_of(given, target, heads, shift):  # type: ignore[no-untyped-def]
+    def row_of(given, target, heads, shift):
         """target : the number of the row in q, token · heads + head;  shift : a token's index less its number in q."""
         token = int32(uint32(target) // uint32(heads))
         head = int32(target - token * heads)
@@ -203,7 +203,7 @@ def _row_of(with_slopes: bool, with_bias: bool, with_distances: bool) -> Callabl
             bias_at = (int64(token) * given.bias_heads + min(head, int32(given.bias_heads - 1))) * given.bias_keys
         return Row(query, head, slope, distance_at, bias_at)
 
-    return row_of  # type: ignore[no-any-return]
+    return row_of
 
 
 @functools.cache
@@ -213,7 +213,7 @@ def _change(
     tanh = _tanh(precise)
 
     @device
-    def change(given, row, s, key):  # type: ignore[no-untyped-def]
+    def change(given, row, s, key):
         """Keys behind the last are allowed; what becomes of them doesn't matter."""
         apart = int32(key - row.query)
         if with_cap:
@@ -228,20 +228,20 @@ def _change(
             s = float32(s + float32(LOG2E) * max(bias, float32(EMPTY / 2)))  # -inf would not survive fast math
         return s
 
-    return change  # type: ignore[no-any-return]
+    return change
 
 
 @functools.cache
 def _sink_of(with_sinks: bool) -> Callable[..., Any]:
     @device
-    def sink_of(given, row, counts):  # type: ignore[no-untyped-def]
+    def sink_of(given, row, counts):
         """The sink of the row's head where it counts; elsewhere `HIDDEN`, which is none."""
         sink = float32(HIDDEN)
         if with_sinks and counts:
             sink = max(float32(given.sinks[row.head] * float32(LOG2E)), sink)
         return sink
 
-    return sink_of  # type: ignore[no-any-return]
+    return sink_of
 
 
 @functools.cache
@@ -249,7 +249,7 @@ def _tanh(precise: bool) -> Callable[..., Any]:
     """A device function: tanh to 2e-7, of 1 or, if `precise`, of itself."""
 
     @device
-    def tanh(x):  # type: ignore[no-untyped-def]
+    def tanh(x):
         size = min(abs(x), float32(10))  # tanh(10) is 1
         power = ptx.exp2(float32(size * float32(2 * LOG2E)))
         y = float32(float32(1) - float32(2) / float32(power + float32(1)))
@@ -259,7 +259,7 @@ def _tanh(precise: bool) -> Callable[..., Any]:
             y = float32(size + size * x2 * float32(float32(-0.33332564) + x2 * tail))
         return y if x > float32(0) else float32(-y)
 
-    return tanh  # type: ignore[no-any-return]
+    return tanh
 
 
 # ---------------------------------------------------------------------------------------------------------- pages
@@ -292,21 +292,21 @@ def bases_of(paged: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """
 
     @device
-    def only(cache, sequence, head, key):  # type: ignore[no-untyped-def]
+    def only(cache, sequence, head, key):
         return (cache.pages[sequence] * cache.kv_heads + head) * cache.page_tokens
 
     @device
-    def same(cache, sequence, head, key, base):  # type: ignore[no-untyped-def]
+    def same(cache, sequence, head, key, base):
         return base
 
     @device
-    def found(cache, sequence, head, key):  # type: ignore[no-untyped-def]
+    def found(cache, sequence, head, key):
         page = int64(uint32(key) // uint32(cache.page_tokens))
         there = cache.pages[int64(sequence) * cache.each + page] * cache.kv_heads + head
         return (there - page) * cache.page_tokens
 
     @device
-    def found_anew(cache, sequence, head, key, base):  # type: ignore[no-untyped-def]
+    def found_anew(cache, sequence, head, key, base):
         return found(cache, sequence, head, key)
 
     return (found, found_anew) if paged else (only, same)

@@ -255,9 +255,7 @@ def _merge_parts(
 
 
 @kernel("results i64* i32 i32 i32 i32 i32 i32 i32 i32", results=RESULTS)
-def merge(  # type: ignore[no-untyped-def]
-    results, row_offsets, sequences, tokens, heads, value_dim, least, most, parts, by_sequence
-):
+def merge(results, row_offsets, sequences, tokens, heads, value_dim, least, most, parts, by_sequence):
     """Combine the parts of a row, in the order of their keys: a block for each row, a thread for each part.
 
     Rows of sequences with other than least … most new tokens are left alone.

@@ -68,7 +68,7 @@ def dequantize_rows(data: Array, ids: Array, format: Any, out: Array) -> None:
 
 
 @device
-def _place(ids, row_items, by_id):  # type: ignore[no-untyped-def]
+def _place(ids, row_items, by_id):
     """Which items a thread block takes: the first of its source row, that of its target row, its chunk's number."""
     if by_id:
         row = np.int64(cuda.blockIdx.x)
@@ -77,7 +77,7 @@ def _place(ids, row_items, by_id):  # type: ignore[no-untyped-def]
 
 
 @device
-def _stage(data, start, size, staged):  # type: ignore[no-untyped-def]
+def _stage(data, start, size, staged):
     """Begin to copy `size` >= 15 bytes, which start anywhere, to shared memory → where in it they start, 0 … 15.
 
     They keep their place within 16 bytes, so that all but the first and last few are copied 16 at a time.
@@ -117,7 +117,7 @@ def blocks_kernel(format: Any, kind: str, ids: str = "") -> Kernel:
     levels = Book(np.resize(np.array(format.table or (0,), np.int8), 16))
 
     @kernel(f"u8* {ids or 'i64'}* i64 {ELEMENTS[kind]}", key(format.name, kind, ids))
-    def blocks_of(data, ids, n, out):  # type: ignore[no-untyped-def]
+    def blocks_of(data, ids, n, out):
         staged = cuda.shared.array(room, types.uint8, 16)
         scales, offsets = cuda.shared.array(total, types.float32), cuda.shared.array(offset_room, types.float32)
         table = cuda.shared.array(16, types.float32)
@@ -163,7 +163,7 @@ def _group_value(bits_of: Any, scale_type: str, unit: float, step_of: Any) -> An
     factor, scaled = np.float32(unit), unit != 1
 
     @device
-    def value(b, g):  # type: ignore[no-untyped-def]
+    def value(b, g):
         base = widen(bits(b, g))
         if scaled:
             base = ptx.multiply(base, factor)
@@ -184,14 +184,14 @@ def _block_values(format: Any) -> Any:
     magic, zero = np.uint32(_MAGIC), np.float32((1 << 23) + format.zero)
 
     @device
-    def value(b, i, scale, offset, table):  # type: ignore[no-untyped-def]
+    def value(b, i, scale, offset, table):
         number = np.uint32(code(b, i))
         level = table[number] if has_table else ptx.float_of(number | magic) - zero
         product = ptx.multiply(level, scale)
         return ptx.add(product, offset) if has_offset else product
 
     @device
-    def four(b, i, k, scale, offset, table):  # type: ignore[no-untyped-def]
+    def four(b, i, k, scale, offset, table):
         return (
             value(b, i | np.int32(k), scale, offset, table),
             value(b, i | np.int32(k + 1), scale, offset, table),
@@ -219,7 +219,7 @@ def floats_kernel(source: str, kind: str, ids: str = "") -> Kernel:
     widen, narrow, by_id = widen_for(source), narrow_for(kind), bool(ids)
 
     @kernel(f"{ELEMENTS[source]} {ids or 'i64'}* i64 {ELEMENTS[kind]}", key(source, kind, ids))
-    def floats(x, ids, n, out):  # type: ignore[no-untyped-def]
+    def floats(x, ids, n, out):
         source, target, chunk = _place(ids, n, by_id)
         first = chunk * _FLOATS + np.int64(cuda.threadIdx.x)
         for j in range(8):

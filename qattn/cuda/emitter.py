@@ -81,7 +81,7 @@ class Emitter:
         return self._builder.fma(a, b, c)
 
     def unpack(self, value: Any) -> list[Any]:
-        return cgutils.unpack_tuple(self._builder, value)  # type: ignore[no-any-return]
+        return cgutils.unpack_tuple(self._builder, value)
 
 
 def function(names: str, returns: Any, write: Callable[..., Any]) -> Any:

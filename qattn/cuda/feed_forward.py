@@ -56,18 +56,18 @@ def softcap(x: Array, limit: float) -> None:
 
 
 @device
-def _four(x, at):  # type: ignore[no-untyped-def]
+def _four(x, at):
     a, b, c, d = ptx.load_16(x, at)
     return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
 
 
 @device
-def _aligned(x, y, z):  # type: ignore[no-untyped-def]
+def _aligned(x, y, z):
     return (ptx.address(x, 0) | ptx.address(y, 0) | ptx.address(z, 0)) & 15 == 0
 
 
 @device
-def sum_of_block(value, partial):  # type: ignore[no-untyped-def]
+def sum_of_block(value, partial):
     """The sum of all threads' values, for all of them; `partial` has room for 32 warps."""
     lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
     value = warp_sum(value)
@@ -78,7 +78,7 @@ def sum_of_block(value, partial):  # type: ignore[no-untyped-def]
 
 
 @kernel("f32* f32* f32 i32 f32*")
-def norm_kernel(x, weight, epsilon, n, out):  # type: ignore[no-untyped-def]
+def norm_kernel(x, weight, epsilon, n, out):
     """A thread block for a row, any number of warps."""
     partial = cuda.shared.array(32, types.float32)
     thread, threads, row = np.int32(cuda.threadIdx.x), np.int32(cuda.blockDim.x), np.int64(cuda.blockIdx.x) * n
@@ -112,7 +112,7 @@ def gate_kernel(activation: str) -> Kernel:
     gelu = activation == "gelu"
 
     @device
-    def gated(g, up):  # type: ignore[no-untyped-def]
+    def gated(g, up):
         z = g
         if gelu:
             z = g * (g * g * _GELU_CUBE + _GELU)
@@ -120,7 +120,7 @@ def gate_kernel(activation: str) -> Kernel:
         return g * ((small if z < np.float32(0) else np.float32(1)) / (np.float32(1) + small)) * up
 
     @kernel("f32* i32 f32*", activation)
-    def gate(gate_up, n, out):  # type: ignore[no-untyped-def]
+    def gate(gate_up, n, out):
         row, first = np.int64(cuda.blockIdx.x) * n, np.int32(cuda.blockIdx.y * (4 * THREADS))
         thread = np.int32(cuda.threadIdx.x)
         if n & 3 == 0 and _aligned(gate_up, out, out):
@@ -139,7 +139,7 @@ def gate_kernel(activation: str) -> Kernel:
 
 
 @kernel("f32* f32* i64")
-def add_kernel(x, y, n):  # type: ignore[no-untyped-def]
+def add_kernel(x, y, n):
     """Four numbers a thread."""
     first, thread = np.int64(cuda.blockIdx.x) * (4 * THREADS), np.int32(cuda.threadIdx.x)
     i = first + thread * 4
@@ -154,7 +154,7 @@ def add_kernel(x, y, n):  # type: ignore[no-untyped-def]
 
 
 @kernel("f32* f32 i64")
-def cap_kernel(x, limit, n):  # type: ignore[no-untyped-def]
+def cap_kernel(x, limit, n):
     """A number a thread.  tanh(y) = ±(1 - t) / (1 + t) with t = exp(-2 |y|)."""
     i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
     if i < n:

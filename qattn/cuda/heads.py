@@ -80,7 +80,7 @@ def _flags(*given: tuple[Any, int]) -> int:
 
 
 @kernel("f32* f32* f32* f32* i32 i32")
-def finish_kernel(out, factor, bias, limit, n, flags):  # type: ignore[no-untyped-def]
+def finish_kernel(out, factor, bias, limit, n, flags):
     """A column a thread, grid (tokens, runs of `THREADS` columns)."""
     column = int32(cuda.blockIdx.y * THREADS + cuda.threadIdx.x)
     if column < n:
@@ -96,7 +96,7 @@ def finish_kernel(out, factor, bias, limit, n, flags):  # type: ignore[no-untype
 
 
 @kernel("f32* i32 i32 i32 f32* f32* f32 i32")
-def norm_kernel(x, first, columns, size, weight, bias, epsilon, flags):  # type: ignore[no-untyped-def]
+def norm_kernel(x, first, columns, size, weight, bias, epsilon, flags):
     """A block for a piece, grid (tokens, groups), any number of warps."""
     partial = cuda.shared.array(64, float32)
     thread, threads, group = int32(cuda.threadIdx.x), int32(cuda.blockDim.x), int64(cuda.blockIdx.y)
@@ -127,7 +127,7 @@ def norm_kernel(x, first, columns, size, weight, bias, epsilon, flags):  # type:
 
 
 @kernel("f32* i32 i32 i32 f32* i64*")
-def scale_kernel(x, first, columns, count, table, angles):  # type: ignore[no-untyped-def]
+def scale_kernel(x, first, columns, count, table, angles):
     """A column a thread, grid (tokens, runs of `THREADS` columns)."""
     token, column = int64(cuda.blockIdx.x), int32(cuda.blockIdx.y * THREADS + cuda.threadIdx.x)
     if column < count:
@@ -136,7 +136,7 @@ def scale_kernel(x, first, columns, count, table, angles):  # type: ignore[no-un
 
 
 @kernel("f32* i32 i32 i32")
-def hadamard_kernel(x, first, columns, block):  # type: ignore[no-untyped-def]
+def hadamard_kernel(x, first, columns, block):
     """A block for a power of two of columns, grid (tokens, blocks), threads for pairs."""
     room = cuda.shared.array(0, float32)
     thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
@@ -169,7 +169,7 @@ def gate_kernel(function: str) -> Kernel:
     softplus = function == "softplus"
 
     @device
-    def gated(x):  # type: ignore[no-untyped-def]
+    def gated(x):
         small = ptx.exp2(float32(-abs(x) * float32(_LOG2_E)))  # of the negative side, without overflow
         if softplus:  # log(1 + small) by its series in w, accurate for every size
             w = float32(small / float32(small + float32(2)))
@@ -182,7 +182,7 @@ def gate_kernel(function: str) -> Kernel:
         return value
 
     @kernel("f32* f32* i32 i32 i32 i32", function)
-    def gate(heads, x, first, columns, elements, each):  # type: ignore[no-untyped-def]
+    def gate(heads, x, first, columns, elements, each):
         i = int32(cuda.blockIdx.y * THREADS + cuda.threadIdx.x)
         if i < elements:
             token, at = int64(cuda.blockIdx.x), int64(cuda.blockIdx.x) * elements + i

@@ -121,7 +121,7 @@ def decode_kernel(layout: Layout, tokens: int) -> Kernel:
     numbers = len(zeros)
 
     @device
-    def remainders(seconds, place, cells):  # type: ignore[no-untyped-def]
+    def remainders(seconds, place, cells):
         """Whether any token has a remainder in the cell."""
         a, b = ptx.load_8_constant(seconds, place * BLOCK)
         if two:
@@ -130,7 +130,7 @@ def decode_kernel(layout: Layout, tokens: int) -> Kernel:
         return a | b
 
     @kernel(_SIGNATURE, f"{_key(layout)}_{tokens}")
-    def decode(  # type: ignore[no-untyped-def]
+    def decode(
         codes, scales, steps, offsets, offset_steps, table, targets, tiles, cells, rows,
         levels, x_scales, starts, sums, seconds, token_blocks, out, tokens, width,
     ):  # fmt: skip
@@ -227,7 +227,7 @@ def _copier(layout: Layout) -> Any:
     each = 2 * groups  # copies that a block's starts take
 
     @device
-    def copy(a, first, cell, cells, address, thread):  # type: ignore[no-untyped-def]
+    def copy(a, first, cell, cells, address, thread):
         place = int64(first + (thread >> 4)) * cells + cell
         ptx.copy_async_16(a[0], place * (BLOCK * CELL) + (thread & 15) * 16, address + uint32(16 * thread))
         part, kind = thread & 31, thread >> 5
@@ -258,13 +258,13 @@ def prefill_kernel(layout: Layout) -> Kernel:
     words_of_ring = 2 * _STAGE * size // 4
 
     @device
-    def remainders(seconds, first, cell, cells, lane):  # type: ignore[no-untyped-def]
+    def remainders(seconds, first, cell, cells, lane):
         """Whether any token has a remainder in the cell; a lane looks at four."""
         place = int64(first + (lane >> 1 & 7)) * cells + cell
         return ptx.load_4_constant(seconds, place * BLOCK + 4 * (lane & 1))
 
     @kernel(_SIGNATURE, _key(layout))
-    def prefill(  # type: ignore[no-untyped-def]
+    def prefill(
         codes, scales, steps, offsets, offset_steps, table, targets, tiles, cells, rows,
         levels, x_scales, starts, sums, seconds, token_blocks, out, tokens, width,
     ):  # fmt: skip

@@ -42,7 +42,7 @@ def _fill_levels(layout: Layout) -> Any:
     has_table, halves = layout.table, groups_of(layout) == 2
 
     @device
-    def fill(weights, w, table, tile, tiles, head, column, columns, thread):  # type: ignore[no-untyped-def]
+    def fill(weights, w, table, tile, tiles, head, column, columns, thread):
         lane, pair, cell = thread & 31, thread >> 5 & 1, column // CELL + (thread >> 6)
         lookup = ptx.load_16_constant(table, 0) if has_table else (uint32(0), uint32(0), uint32(0), uint32(0))
         if cell * CELL < columns:
@@ -62,7 +62,7 @@ def _fill_floats(layout: Layout) -> Any:
     kind = layout.base
 
     @device
-    def four(codes, at):  # type: ignore[no-untyped-def]
+    def four(codes, at):
         if kind == "f32":
             a, b, c, d = ptx.load_16_constant(codes, at)
         else:
@@ -75,7 +75,7 @@ def _fill_floats(layout: Layout) -> Any:
         return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
 
     @device
-    def fill(weights, w, table, tile, tiles, head, column, columns, thread):  # type: ignore[no-untyped-def]
+    def fill(weights, w, table, tile, tiles, head, column, columns, thread):
         row = 4 * (thread & 15)
         mine = head * tiles + min(tile + (row >> 4), tiles - 1)
         for i in range(_COLUMNS // 16):
@@ -99,9 +99,7 @@ def exact_kernel(layout: Layout) -> Kernel:
     signature = f"{codes} u16* i8* u16* i8* u8* i32* i32 i32 i32"
 
     @kernel(f"{signature} f32* f32* i32 i32", layout.name().replace("-", "_"))
-    def exact(  # type: ignore[no-untyped-def]
-        codes, scales, steps, offsets, offset_steps, table, targets, tiles, columns, rows, x, out, tokens, width
-    ):
+    def exact(codes, scales, steps, offsets, offset_steps, table, targets, tiles, columns, rows, x, out, tokens, width):
         thread, tile = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x) * (_ROWS // 16)
         first, quarter = int32(cuda.blockIdx.y) * _TOKENS, thread >> 6
         head, heads = int32(cuda.blockIdx.z), int32(cuda.gridDim.z)

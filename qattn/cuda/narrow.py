@@ -29,12 +29,12 @@ def encode_row(kind: str) -> Callable[..., Any]:
     rounded, put = _ROUNDERS[type_.rounding](type_), _put_codes(type_)
 
     @device
-    def put_factor(target, at, value):  # type: ignore[no-untyped-def]
+    def put_factor(target, at, value):
         bits = int32(ptx.f32_to_f16(value))
         target[at], target[at + 1] = uint8(bits & 0xFF), uint8(bits >> 8)
 
     @device
-    def run(source, start, size, target, row):  # type: ignore[no-untyped-def]
+    def run(source, start, size, target, row):
         lane, blocks, block = int32(cuda.threadIdx.x & 31), int32((size + 31) >> 5), int32(0)
         while block < blocks:
             x, d = float32(0), int32(32 * block + lane)
@@ -49,7 +49,7 @@ def encode_row(kind: str) -> Callable[..., Any]:
                     put_factor(target, at + 2 * blocks, low)
             block = int32(block + 1)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _put_codes(type_: CacheType) -> Callable[..., Any]:
@@ -57,7 +57,7 @@ def _put_codes(type_: CacheType) -> Callable[..., Any]:
     bits = type_.bits
 
     @device
-    def put(target, at, lane, code):  # type: ignore[no-untyped-def]
+    def put(target, at, lane, code):
         if bits == 8:
             target[at + lane] = uint8(code)
         else:
@@ -71,17 +71,17 @@ def _put_codes(type_: CacheType) -> Callable[..., Any]:
             if lane == 0:
                 ptx.store_4(target, at + 16, uint32(fifth))
 
-    return put  # type: ignore[no-any-return]
+    return put
 
 
 @device
-def _inverse(scale):  # type: ignore[no-untyped-def]
+def _inverse(scale):
     """1 / scale, or 0 where that would be infinite."""
     return ptx.reciprocal(scale) if abs(scale) >= float32(_SMALLEST) else float32(0)
 
 
 @device
-def _peak(x):  # type: ignore[no-untyped-def]
+def _peak(x):
     """The element of largest magnitude, the first of equals."""
     size = abs(x)
     first = int32(cuda.ffs(cuda.ballot_sync(ALL_LANES, size == warp_max(size))) - 1)
@@ -92,37 +92,37 @@ def _by_amax(type_: CacheType) -> Callable[..., Any]:
     zero = type_.zero
 
     @device
-    def run(x):  # type: ignore[no-untyped-def]
+    def run(x):
         scale = ptx.divide(warp_max(abs(x)), float32(zero - 1))
         level = float64(ptx.multiply(x, _inverse(scale)))  # in float64: 0.49999997 is no 1
         return int32(level + (float64(0.5) if level >= float64(0) else float64(-0.5))) + zero, scale, float32(0)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _by_peak(type_: CacheType) -> Callable[..., Any]:
     zero, most = type_.zero, (1 << type_.bits) - 1
 
     @device
-    def run(x):  # type: ignore[no-untyped-def]
+    def run(x):
         scale = ptx.divide(_peak(x), float32(-zero))
         code = int32(ptx.multiply(x, _inverse(scale)) + float32(zero + 0.5))
         return min(code, int32(most)), scale, float32(0)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _by_range(type_: CacheType) -> Callable[..., Any]:
     most = (1 << type_.bits) - 1
 
     @device
-    def run(x):  # type: ignore[no-untyped-def]
+    def run(x):
         low = float32(-warp_max(float32(-x)))
         scale = ptx.divide(float32(warp_max(x) - low), float32(most))
         code = int32(ptx.multiply(float32(x - low), _inverse(scale)) + float32(0.5))
         return min(code, int32(most)), scale, low
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _by_table(type_: CacheType) -> Callable[..., Any]:
@@ -132,7 +132,7 @@ def _by_table(type_: CacheType) -> Callable[..., Any]:
     count = len(steps)
 
     @device
-    def run(x):  # type: ignore[no-untyped-def]
+    def run(x):
         scaled = ptx.multiply(x, _inverse(ptx.divide(_peak(x), float32(first))))
         code, level = int32(0), float32(first)
         for i in range(count):
@@ -147,7 +147,7 @@ def _by_table(type_: CacheType) -> Callable[..., Any]:
             i = int32(i + 1)
         return code, ptx.divide(along, square) if square > float32(0) else float32(0), float32(0)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 _ROUNDERS = {"amax": _by_amax, "peak": _by_peak, "range": _by_range, "table": _by_table}

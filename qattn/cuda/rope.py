@@ -36,7 +36,7 @@ def turn_head(kind: str) -> Callable[..., Any]:
     put = narrow_for(kind)
 
     @device
-    def run(x, row, cos, sin, angle, half, neox, head_dim, factor, target, to):  # type: ignore[no-untyped-def]
+    def run(x, row, cos, sin, angle, half, neox, head_dim, factor, target, to):
         i = int32(cuda.threadIdx.x & 31)
         while i < half:
             a, b = int32(2 * i), int32(2 * i + 1)
@@ -53,7 +53,7 @@ def turn_head(kind: str) -> Callable[..., Any]:
             target[to + d] = put(ptx.multiply(x[row + d], factor))
             d = int32(d + 32)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 @functools.cache
@@ -67,20 +67,20 @@ def store_value(kind: str) -> Callable[..., Any]:
     put, most = narrow_for(kind), _LARGEST[kind]
 
     @device
-    def run(x, row, value_dim, values, to):  # type: ignore[no-untyped-def]
+    def run(x, row, value_dim, values, to):
         d = int32(cuda.threadIdx.x & 31)
         while d < value_dim:
             values[to + d] = put(min(max(x[row + d], float32(-most)), float32(most)))
             d = int32(d + 32)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 _turn = turn_head("f32")
 
 
 @kernel("f32* f32* f32* i64* f32* i32 i32 i32 i32 i32 i32")
-def _rotate(x, cos, sin, positions, out, count, heads, head_dim, width, half, neox):  # type: ignore[no-untyped-def]
+def _rotate(x, cos, sin, positions, out, count, heads, head_dim, width, half, neox):
     unit = int32(cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5))
     if unit < count:
         token = int32(uint32(unit) // uint32(heads))
@@ -128,20 +128,20 @@ def _store_key(kind: str) -> Callable[..., Any]:
     if not cache_types.of_kind(kind).in_blocks:
 
         @device
-        def directly(x, row, cos, sin, angle, half, neox, head_dim, keys, to, room):  # type: ignore[no-untyped-def]
+        def directly(x, row, cos, sin, angle, half, neox, head_dim, keys, to, room):
             turn(x, row, cos, sin, angle, half, neox, head_dim, float32(1), keys, to)
 
-        return directly  # type: ignore[no-any-return]
+        return directly
     encode = encode_row(kind)
 
     @device
-    def in_blocks(x, row, cos, sin, angle, half, neox, head_dim, keys, to, room):  # type: ignore[no-untyped-def]
+    def in_blocks(x, row, cos, sin, angle, half, neox, head_dim, keys, to, room):
         start = uint32((cuda.threadIdx.x >> 5) * head_dim)
         turn(x, row, cos, sin, angle, half, neox, head_dim, float32(1), room, start)
         cuda.syncwarp()
         encode(room, start, head_dim, keys, to)
 
-    return in_blocks  # type: ignore[no-any-return]
+    return in_blocks
 
 
 @functools.cache
@@ -157,9 +157,7 @@ def store_kernel(storage: Storage, paged: bool = False) -> Kernel:
         f"{storage.key}{'_paged' if paged else ''}",
         batch=BATCH, cache=storage.memory,
     )  # fmt: skip
-    def store(  # type: ignore[no-untyped-def]
-        qkv, width, cos, sin, half, neox, batch, cache, lengths, q, tokens, heads, head_dim, value_dim
-    ):
+    def store(qkv, width, cos, sin, half, neox, batch, cache, lengths, q, tokens, heads, head_dim, value_dim):
         room = cuda.shared.array(0, float32)
         work, lane = int32(cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)), int32(cuda.threadIdx.x & 31)
         kv_heads = cache.kv_heads

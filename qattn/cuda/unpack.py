@@ -50,13 +50,13 @@ def unpack_kernel(layout: Layout, kind: str) -> Kernel:
     values, has_table, cell_bytes, gain = _four_rows(layout), layout.table, 64 * layout.bits, _shared(layout)
 
     @device
-    def emit(out, place, low, high, scale, offset, table):  # type: ignore[no-untyped-def]
+    def emit(out, place, low, high, scale, offset, table):
         at, columns, column = place
         if at >= 0:
             store(out, at * columns + column, four(low, scale, offset, table), four(high, scale, offset, table))
 
     @kernel(f"u8* u16* i8* u16* i8* u8* i32* i32 i32 {ELEMENTS[kind]}", key(layout.name(), kind))
-    def packed(codes, scales, steps, offsets, offset_steps, table, targets, rows, columns, out):  # type: ignore[no-untyped-def]
+    def packed(codes, scales, steps, offsets, offset_steps, table, targets, rows, columns, out):
         tile, lanes, column = _octet()
         if column < columns:
             cell = tile * np.int64(columns >> 5) + (column >> 5)
@@ -75,7 +75,7 @@ def unpack_kernel(layout: Layout, kind: str) -> Kernel:
 
 
 @device
-def _octet():  # type: ignore[no-untyped-def]
+def _octet():
     """Which weights a thread takes: the tile, the first of four rows in it, the first of eight columns.
 
     Neighbours take the rows first, so that 4 threads read 64 bytes side by side, and 8 of them write 128 of a row.
@@ -86,7 +86,7 @@ def _octet():  # type: ignore[no-untyped-def]
 
 
 @device
-def _targets(targets, tile, lanes, rows):  # type: ignore[no-untyped-def]
+def _targets(targets, tile, lanes, rows):
     """Where four rows go, -1 for those that are none."""
     row = np.int32(tile * TILE + lanes)
     none = np.int64(-1)
@@ -105,17 +105,17 @@ def _words(layout: Layout) -> Any:
     first, second, shift = _plane(planes[0], 0), _plane(planes[-1], 64 * planes[0]), np.uint32(planes[0])
 
     @device
-    def joined(a, b):  # type: ignore[no-untyped-def]
+    def joined(a, b):
         return a[0] | b[0] << shift, a[1] | b[1] << shift, a[2] | b[2] << shift, a[3] | b[3] << shift
 
     @device
-    def words(codes, at, pair):  # type: ignore[no-untyped-def]
+    def words(codes, at, pair):
         low, high = first(codes, at, pair)
         more_low, more_high = second(codes, at, pair)
         return joined(low, more_low), joined(high, more_high)
 
     @device
-    def moved(codes, at, pair):  # type: ignore[no-untyped-def]
+    def moved(codes, at, pair):
         low, high = first(codes, at, pair)
         return (
             (low[0] << up, low[1] << up, low[2] << up, low[3] << up),
@@ -133,15 +133,15 @@ def _shared(layout: Layout) -> Any:
     shift, octets, worth = layout.group.bit_length() - 1, layout.group // OCTET, np.uint32(layout.shared)
 
     @device
-    def nothing(low, high, steps, tile, lanes, column, columns):  # type: ignore[no-untyped-def]
+    def nothing(low, high, steps, tile, lanes, column, columns):
         return low, high
 
     @device
-    def joined(codes, a, b, c, d):  # type: ignore[no-untyped-def]
+    def joined(codes, a, b, c, d):
         return codes[0] | a, codes[1] | b, codes[2] | c, codes[3] | d
 
     @device
-    def gain(low, high, steps, tile, lanes, column, columns):  # type: ignore[no-untyped-def]
+    def gain(low, high, steps, tile, lanes, column, columns):
         word = ptx.load_4_constant(steps, (tile * (columns >> shift) + (column >> shift)) * TILE + lanes)
         rows = np.uint32((word >> np.uint32(4 + (column // OCTET) % octets) & 0x01010101) * worth)
         a, b = ptx.permute(rows, 0, 0), ptx.permute(rows, 0, 0x1111)
@@ -157,16 +157,16 @@ def _plane(width: int, start: int) -> Any:
     mask, quads = np.uint32(((1 << width) - 1) * 0x01010101), 8 // width
 
     @device
-    def bytes_(codes, at, pair):  # type: ignore[no-untyped-def]
+    def bytes_(codes, at, pair):
         there = at + pair * np.int64(128)
         return ptx.load_16_constant(codes, there), ptx.load_16_constant(codes, there + 64)
 
     @device
-    def masked(v, shift):  # type: ignore[no-untyped-def]
+    def masked(v, shift):
         return v[0] >> shift & mask, v[1] >> shift & mask, v[2] >> shift & mask, v[3] >> shift & mask
 
     @device
-    def bits(codes, at, pair):  # type: ignore[no-untyped-def]
+    def bits(codes, at, pair):
         quad = np.uint32(2 * pair)
         vector = ptx.load_16_constant(codes, at + (start + np.int64(quad // np.uint32(quads)) * 64))
         shift = np.uint32((quad & (quads - 1)) * width)
@@ -183,7 +183,7 @@ def _word_values(layout: Layout) -> Any:
     magic, zero = np.uint32(_MAGIC), np.float32((1 << 23) + layout.zero + (128 if layout.signed else 0))
 
     @device
-    def lookup(table, word):  # type: ignore[no-untyped-def]
+    def lookup(table, word):
         """The bytes of a table of 16 that four codes stand for."""
         nibbles = ptx.permute(word | word >> 4, 0, 0x4420)  # the first and third byte have two codes each
         if narrow_codes:
@@ -195,13 +195,13 @@ def _word_values(layout: Layout) -> Any:
         return ptx.permute(low, high, 0x3210 | (nibbles & 0x8888) >> 1)
 
     @device
-    def value(word, selector, scale, offset):  # type: ignore[no-untyped-def]
+    def value(word, selector, scale, offset):
         level = ptx.float_of(ptx.permute(word, magic, selector)) - zero
         product = ptx.multiply(level, scale)
         return ptx.add(product, offset) if has_offset else product
 
     @device
-    def four(word, scale, offset, table):  # type: ignore[no-untyped-def]
+    def four(word, scale, offset, table):
         word = np.uint32((lookup(table, word) if has_table else word) ^ flip)
         return (
             value(word, 0x7440, scale, offset),
@@ -219,7 +219,7 @@ def _loaded_rows(base: str) -> Any:
     widen, is_wide = widen_for(base), base == "f32"
 
     @device
-    def load(array, at):  # type: ignore[no-untyped-def]
+    def load(array, at):
         if is_wide:
             a, b, c, d = ptx.load_16_constant(array, at)
             return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
@@ -237,11 +237,11 @@ def _four_rows(layout: Layout) -> Any:
     base_shift, group_shift = layout.base_group.bit_length() - 1, layout.group.bit_length() - 1
 
     @device
-    def stepped_by(base, step):  # type: ignore[no-untyped-def]
+    def stepped_by(base, step):
         return ptx.multiply(base, np.float32(np.int8(step & step_bits)))
 
     @device
-    def values(bases, steps, tile, lanes, column, columns):  # type: ignore[no-untyped-def]
+    def values(bases, steps, tile, lanes, column, columns):
         base = load(bases, (tile * (columns >> base_shift) + (column >> base_shift)) * TILE + lanes)
         if halved:
             base = (
@@ -269,7 +269,7 @@ def unpack_floats_kernel(layout: Layout, kind: str) -> Kernel:
     load, narrow, store = _loaded_rows(layout.base), narrow_for(kind), store_for(kind)
 
     @device
-    def emit(out, row, columns, column, low, high):  # type: ignore[no-untyped-def]
+    def emit(out, row, columns, column, low, high):
         if row >= 0 and columns & 7 == 0:
             store(out, row * columns + column, low, high)
         elif row >= 0:  # rows begin anywhere, and the last columns are no eight
@@ -278,7 +278,7 @@ def unpack_floats_kernel(layout: Layout, kind: str) -> Kernel:
                     out[row * columns + column + k] = narrow(low[k] if k < 4 else high[k - 4])
 
     @kernel(f"{ELEMENTS[layout.base]} i32* i32 i32 {ELEMENTS[kind]}", key(layout.base, kind))
-    def packed_floats(codes, targets, rows, columns, out):  # type: ignore[no-untyped-def]
+    def packed_floats(codes, targets, rows, columns, out):
         tile, lanes, column = _octet()
         if column < columns:
             first, last = (tile * columns + column) * TILE + lanes, columns - 1 - column

@@ -25,13 +25,13 @@ def store_for(kind: str) -> Any:
     pack = ptx.pack_bf16 if kind == "bf16" else ptx.pack_f16
 
     @device
-    def halves(out, at, low, high):  # type: ignore[no-untyped-def]
+    def halves(out, at, low, high):
         a, b, c, d = low
         e, f, g, h = high
         ptx.store_16(out, at, pack(a, b), pack(c, d), pack(e, f), pack(g, h))
 
     @device
-    def words(out, at, low, high):  # type: ignore[no-untyped-def]
+    def words(out, at, low, high):
         store_four(out, at, low)
         store_four(out, at + 4, high)
 
@@ -39,7 +39,7 @@ def store_for(kind: str) -> Any:
 
 
 @device
-def store_four(out, at, values):  # type: ignore[no-untyped-def]
+def store_four(out, at, values):
     """out[at : at + 4] = four float32."""
     a, b, c, d = values
     ptx.store_16(out, at, ptx.bits_of(a), ptx.bits_of(b), ptx.bits_of(c), ptx.bits_of(d))
@@ -50,19 +50,19 @@ def narrow_for(kind: str) -> Any:
     """A float32 as an element of the output."""
 
     @device
-    def same(x):  # type: ignore[no-untyped-def]
+    def same(x):
         return x
 
     @device
-    def f16(x):  # type: ignore[no-untyped-def]
+    def f16(x):
         return ptx.f32_to_f16(x)
 
     @device
-    def bf16(x):  # type: ignore[no-untyped-def]
+    def bf16(x):
         return np.uint16(ptx.pack_bf16(x, np.float32(0)) & 0xFFFF)
 
     @device
-    def f8(x):  # type: ignore[no-untyped-def]
+    def f8(x):
         word = ptx.bits_of(x)
         magnitude = np.uint32(word & 0x7FFF_FFFF)
         code = np.uint32((magnitude - (120 << 23) + 0x7_FFFF + (magnitude >> 20 & 1)) >> 20)
@@ -78,34 +78,34 @@ def widen_for(kind: str) -> Any:
     """A float of an array, or the bits of a scale, as a float32."""
 
     @device
-    def f16(x):  # type: ignore[no-untyped-def]
+    def f16(x):
         return ptx.f16_to_f32(np.uint16(x))
 
     @device
-    def bf16(x):  # type: ignore[no-untyped-def]
+    def bf16(x):
         return ptx.float_of(np.uint32(x) << 16)
 
     @device
-    def f32(x):  # type: ignore[no-untyped-def]
+    def f32(x):
         return np.float32(x)
 
     @device
-    def f64(x):  # type: ignore[no-untyped-def]
+    def f64(x):
         return ptx.f64_to_f32(x)
 
     @device
-    def f8(bits):  # type: ignore[no-untyped-def]
+    def f8(bits):
         half = (int(bits) & 0x80) << 8 | (int(bits) & 0x7F) << 7  # float16's fields; exponents are 8 too small
         return ptx.multiply(ptx.f16_to_f32(np.uint16(half)), np.float32(256))
 
     @device
-    def e8m0(bits):  # type: ignore[no-untyped-def]
+    def e8m0(bits):
         if bits < 2:  # 2**(bits - 128) is subnormal
             return ptx.float_of(np.uint32(1 << 21) << np.uint32(bits))
         return ptx.float_of(np.uint32(bits - 1) << np.uint32(23))
 
     @device
-    def ue4m3(bits):  # type: ignore[no-untyped-def]
+    def ue4m3(bits):
         # a float16 has the same fields, with three bits more of mantissa, and a bias of 15 instead of 7
         value = ptx.multiply(ptx.f16_to_f32(np.uint16((bits & 127) << 7)), np.float32(128))
         return value if bits != 127 else np.float32(0)

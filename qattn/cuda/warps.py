@@ -10,7 +10,7 @@ ALL_LANES = 0xFFFFFFFF
 
 
 @device
-def warp_sum(value):  # type: ignore[no-untyped-def]
+def warp_sum(value):
     """The sum over the lanes of a warp, for each lane."""
     for step in (16, 8, 4, 2, 1):
         value = float32(value + cuda.shfl_xor_sync(ALL_LANES, value, step))
@@ -18,7 +18,7 @@ def warp_sum(value):  # type: ignore[no-untyped-def]
 
 
 @device
-def warp_max(value):  # type: ignore[no-untyped-def]
+def warp_max(value):
     """The largest over the lanes of a warp, for each lane."""
     for step in (16, 8, 4, 2, 1):
         value = max(value, cuda.shfl_xor_sync(ALL_LANES, value, step))

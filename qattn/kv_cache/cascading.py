@@ -191,7 +191,7 @@ def attend(
         new = np.diff(row_offsets)
         plan = groups(cache.table, np.where(new > 0, (lengths - new) // cache.page_size, 0))
     if plan is None or not isinstance(cache, PagedMemory):
-        return backend.attend(q, cache, there, mask, logits, exact=exact, out=out)  # type: ignore[no-any-return]
+        return backend.attend(q, cache, there, mask, logits, exact=exact, out=out)
     shared, members = plan
     xp, rows = namespace(q), cache.table
     # What groups share: their tokens together are the last of one sequence, and see all of it

@@ -141,7 +141,7 @@ class PagedMemory(SequenceCache):
 
     def _pages_of(self, sequence: int) -> list[int]:
         first = int(self.starts[sequence]) // self.page_size
-        return self._table.rows[sequence, first : self._table.held[sequence]].tolist()  # type: ignore[no-any-return]
+        return self._table.rows[sequence, first : self._table.held[sequence]].tolist()
 
     def _cut(self, sequence: int, length: int) -> None:
         keep, part = -(-length // self.page_size), length % self.page_size

@@ -108,9 +108,9 @@ def get(mask: str | MHAMaskVariant | Mask, window: int | None = None) -> Mask:
         wanted = "needs one: say window=…" if window is None else "has no window"
         raise ValueError(f"window is {window}; the mask {name!r} {wanted}")
     if window is None:
-        return _masks[name]()  # type: ignore[no-any-return]
+        return _masks[name]()
     _check.at_least("window", window, 1)
-    return _masks[name](min(operator.index(window), _check.MAX_POSITION + 1))  # type: ignore[no-any-return]
+    return _masks[name](min(operator.index(window), _check.MAX_POSITION + 1))
 
 
 def from_function(

@@ -181,14 +181,14 @@ class Decoder:
         logits = self._xp.empty((1 if last_only else len(ids), self.config.vocabulary_size), np.float32)
         if len(ids) == 1:
             self._one_more(ids, logits)
-            return logits  # type: ignore[no-any-return]
+            return logits
         for first in range(0, len(ids), _CHUNK):
             x = self._hidden(ids[first : first + _CHUNK])
             if not last_only:
                 self._head(x, logits[first : first + len(x)])
         if last_only:
             self._head(x[-1:], logits)
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def capture(
         self, tokens: Sequence[int] | Array, what: Iterable[str], *, layers: Iterable[int] | None = None
@@ -303,7 +303,7 @@ class Decoder:
         places = np.arange(self._length, self._length + len(ids))
         self._run_layers(x, places)
         self._length += len(ids)
-        return x  # type: ignore[no-any-return]
+        return x
 
     def _embed(self, ids: Array, out: Array) -> None:
         """Write the embeddings of tokens."""

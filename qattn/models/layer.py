@@ -84,7 +84,7 @@ class Weights:
     def norm(self, name: str) -> Array:
         """A norm's weight, (hidden_size,) float32."""
         values = np.array(self._take(name, self._config.hidden_size), np.float32)
-        return devices.asarray(values, self._device)  # type: ignore[no-any-return]
+        return devices.asarray(values, self._device)
 
     def matrix(self, name: str, rows: int, columns: int) -> Any:
         """Quantized rows, a `QuantArray`."""

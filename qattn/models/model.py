@@ -151,7 +151,7 @@ def _ids(tokens: Sequence[int] | Array) -> list[int]:
     ids = as_host(tokens, "prompt")
     if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1):
         raise ValueError(f"prompt has dtype {ids.dtype} and shape {ids.shape}; expected a text, or (tokens,) integers")
-    return ids.tolist()  # type: ignore[no-any-return]
+    return ids.tolist()
 
 
 class Generation:
