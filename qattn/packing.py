@@ -7,6 +7,7 @@ together, wherever they stood.  Nothing is rounded: `unpack` gives back what was
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -156,8 +157,7 @@ def _pack_part(name: str, rows: list[tuple[int, QuantArray]], columns: int) -> P
     packed = _allocate(layout, targets, columns, table)
     flip = 128 if layout.signed and fmt.table is None else 0
     run = cpu.pack(fmt, layout, flip)
-    scales, offsets = _stored(fmt.scales, layout), _stored(fmt.offsets[: None if layout.offset else 0], layout)
-    run(data, scales, offsets, packed, parts=1 + data.nbytes // _PART)
+    run(data, _stored(fmt, fmt.scale_unit), _stored(fmt, fmt.offset_unit), packed, parts=1 + data.nbytes // _PART)
     return Part(fmt, layout, packed)
 
 
@@ -233,12 +233,13 @@ def _moved(part: Part, device: str) -> Part:
     return part._replace(packed=Packed(*arrays))
 
 
-def _stored(values: Array, layout: Layout) -> Array:
-    """What base scales of these float32 values are stored as; exact."""
-    values = np.ldexp(values, layout.down)
-    if layout.base == "bf16":
-        return (values.view(np.uint32) >> 16).astype(np.uint16)
-    return values.astype(np.float16).view(np.uint16)
+@functools.cache
+def _stored(fmt: formats.Format, unit: float) -> Array:
+    """What each pattern of a base scale's or an offset's bits is stored as: exact, with the sign of its unit."""
+    values = fmt.values(math.copysign(1.0, unit))
+    if fmt.scale_type == "f16":
+        return values.astype(np.float16).view(np.uint16)
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def _pack_floats(fmt: formats.Format, data: Array, targets: Array, columns: int) -> Part:

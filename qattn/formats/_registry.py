@@ -87,14 +87,15 @@ class Format:
     @functools.cached_property
     def scales(self) -> Array:
         """The float32 value of each pattern of a scale's bits, times its unit."""
-        return self._values(self.scale_unit)
+        return self.values(self.scale_unit)
 
     @functools.cached_property
     def offsets(self) -> Array:
         """The same for an offset's bits."""
-        return self._values(self.offset_unit)
+        return self.values(self.offset_unit)
 
-    def _values(self, unit: float) -> Array:
+    def values(self, unit: float) -> Array:
+        """The float32 value of each pattern of bits, times a unit."""
         bits = np.arange(65536 if self.scale_type == "f16" else 256)
         with np.errstate(invalid="ignore"):  # NaN and infinite scales are legal
             return scale_values(self.scale_type, bits) * np.float32(unit)
