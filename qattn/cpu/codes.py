@@ -2,13 +2,15 @@
 
 A snippet (`qattn.formats`) computes one code, from an index and the bytes of a block.  Here it runs once, when a kernel
 is compiled: on 16 indices in a NumPy array, so that all that follows from them is a constant, and on a block whose
-bytes are vectors, so that what it does with those becomes instructions.  Neighbours that share an index into a code
-book look it up together.
+bytes are vectors, so that what it does with those becomes instructions.  What some neighbours have in common, such as
+an index into a code book, is no vector but a scalar for each few of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import operator
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -19,6 +21,7 @@ from qattn.cpu.language import Language
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value
 
 Array = np.ndarray[Any, Any]
+_ALIKE = 4  # neighbours that are worth a scalar
 
 
 def taken(e: Emitter, format: Any, b: Pointer) -> list[Value]:
@@ -27,7 +30,7 @@ def taken(e: Emitter, format: Any, b: Pointer) -> list[Value]:
     scope = {name: _Book(e, v) if isinstance(v, np.ndarray) else v for name, v in snippet.__globals__.items()}
     code = FunctionType(snippet.__code__, scope, snippet.__name__, None, snippet.__closure__)
     starts = range(0, format.block, LANES)
-    return [code(block, np.arange(first, first + LANES).view(_Indices)).to(e.I8V) for first in starts]
+    return [code(block, np.arange(first, first + LANES).view(_Indices)).vector().to(e.I8V) for first in starts]
 
 
 class _Indices(np.ndarray):
@@ -40,18 +43,77 @@ class _Indices(np.ndarray):
         return bool(truths.pop())
 
 
-class _Integers(Value):
-    """16 int32 of which so many neighbours, from the first on, are `alike`."""
+class _Vector(Value):
+    """16 int32."""
 
-    def __init__(self, e: Language, value: ir.Value, alike: int) -> None:
-        super().__init__(e, value)
-        self.alike = alike
+    def vector(self) -> _Vector:
+        """Itself: what a snippet gives may be either of two kinds."""
+        return self
 
     def _binary(self, other: Any, on_ints: str, on_floats: str | None = None) -> Value:
-        alike = other.alike if isinstance(other, _Integers) else _alike(other)
-        return _Integers(self.e, super()._binary(other, on_ints, on_floats).ir, min(self.alike, alike))
+        other = other.vector() if isinstance(other, _Alike) else other
+        return _Vector(self.e, super()._binary(other, on_ints, on_floats).ir)
 
     __rmul__ = Value.__mul__
+
+
+class _Alike:
+    """16 int32, neighbours of which are the same number: these numbers, scalars, and maybe the vector as well."""
+
+    def __init__(self, e: Language, numbers: list[Value], vector: _Vector | None = None) -> None:
+        self.e, self.numbers, self._vector = e, numbers, vector
+
+    def vector(self) -> _Vector:
+        """One after the other."""
+        if self._vector:
+            return self._vector
+        count = len(self.numbers)
+        few = self.e.constant(0, ir.VectorType(self.e.I32, count))
+        for i, number in enumerate(self.numbers):
+            few = few.with_lane(i, number)
+        return _Vector(self.e, few.lanes(*np.repeat(range(count), LANES // count).tolist()).ir)
+
+    def spread(self, count: int) -> list[Value]:
+        """So many numbers, each for fewer neighbours."""
+        return [self.numbers[i * len(self.numbers) // count] for i in range(count)]
+
+    def _with(self, other: Any, operate: Callable[[Any, Any], Any]) -> Any:
+        if isinstance(other, Value):
+            return operate(self.vector(), other)
+        if isinstance(other, _Alike):
+            count = max(len(self.numbers), len(other.numbers))
+            return _Alike(self.e, list(map(operate, self.spread(count), other.spread(count))))
+        if _alike(other) < _ALIKE:
+            return operate(self.vector(), other)
+        count = max(len(self.numbers), LANES // _alike(other))
+        constants = np.broadcast_to(other, LANES)[:: LANES // count].tolist()
+        return _Alike(self.e, list(map(operate, self.spread(count), constants)))
+
+    def __add__(self, other: Any) -> Any:
+        return self._with(other, operator.add)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with(other, operator.sub)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._with(other, operator.mul)
+
+    def __and__(self, other: Any) -> Any:
+        return self._with(other, operator.and_)
+
+    def __or__(self, other: Any) -> Any:
+        return self._with(other, operator.or_)
+
+    def __xor__(self, other: Any) -> Any:
+        return self._with(other, operator.xor)
+
+    def __lshift__(self, other: Any) -> Any:
+        return self._with(other, operator.lshift)
+
+    def __rshift__(self, other: Any) -> Any:
+        return self._with(other, operator.rshift)
+
+    __rmul__ = __mul__
 
 
 def _alike(constants: Any) -> int:
@@ -66,13 +128,17 @@ class _Block:
     def __init__(self, e: Emitter, start: Pointer) -> None:
         self.e, self.start = e, start
 
-    def __getitem__(self, index: Any) -> Value:
-        at = np.broadcast_to(index, LANES)
+    def __getitem__(self, index: Any) -> Any:
+        at, alike = np.broadcast_to(index, LANES), _alike(index)
         first, last = int(at.min()), int(at.max())
         found = self.start.at(first).load(self.e.bytes(last - first + 1))
         if not np.array_equal(at, np.arange(first, last + 1)):
             found = found.lanes(*(at - first).tolist())
-        return _Integers(self.e, found.zero_extend(self.e.I32V).ir, _alike(at))
+        vector = _Vector(self.e, found.zero_extend(self.e.I32V).ir)
+        if alike < _ALIKE:
+            return vector
+        each = [self.start.at(i).load(self.e.I8).zero_extend(self.e.I32) for i in at[::alike].tolist()]
+        return _Alike(self.e, each, vector)  # what of it is not used costs nothing
 
 
 class _Book:
@@ -83,23 +149,22 @@ class _Book:
 
     def __getitem__(self, index: Any) -> Any:
         row, column = index if isinstance(index, tuple) else (index, None)
-        if not isinstance(row, _Integers):
+        if isinstance(row, _Vector):
+            row = _Alike(self.e, [row.lane(i) for i in range(LANES)])
+        if not isinstance(row, _Alike):
             return self.values[index]
-        e, start, width = self.e, self._start(), row.alike
-        if column is not None:  # whole rows
-            width = self.values.shape[1]
-            if width > row.alike or (column != np.arange(LANES) % width).any():
-                raise ValueError("a snippet doesn't read the rows of a code book from their first element to the last")
-        word = ir.IntType(8 * width)
-        words = e.constant(0, ir.VectorType(word, LANES // width))
-        for i in range(LANES // width):
-            at = row.lane(i * width).zero_extend(e.I64)
-            if column is None:
-                found = start.at(at).load(e.I8).zero_extend(word) * int.from_bytes(b"\1" * width, "little")
-            else:
-                found = start.at(at * width).load(word)
-            words = words.with_lane(i, found)
-        return _Integers(e, words.bits(e.I8V).zero_extend(e.I32V).ir, row.alike if column is None else 1)
+        e, start = self.e, self._start()
+        if column is None:
+            places = [start.at(number.zero_extend(e.I64)) for number in row.numbers]
+            return _Alike(e, [place.load(e.I8).zero_extend(e.I32) for place in places])
+        width = self.values.shape[1]
+        count = LANES // width
+        if count < len(row.numbers) or (column != np.arange(LANES) % width).any():
+            raise ValueError("a snippet doesn't read the rows of a code book from their first element to the last")
+        words = e.constant(0, ir.VectorType(ir.IntType(8 * width), count))
+        for i, number in enumerate(row.spread(count)):
+            words = words.with_lane(i, start.at(number.zero_extend(e.I64) * width).load(words.type.element))
+        return _Vector(e, words.bits(e.I8V).zero_extend(e.I32V).ir)
 
     def _start(self) -> Pointer:
         """The module's only copy."""

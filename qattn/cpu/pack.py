@@ -30,7 +30,7 @@ def pack(format: Any, layout: Layout, flip: int) -> Kernel:
     scale_bits, step = snippet(format.scale_bits), snippet(format.step or _one)
     offset_bits, offset_step = snippet(format.offset_bits or _zero), snippet(format.offset_step or _one)
     has_step, has_offset, has_offset_step = layout.step, layout.offset, layout.step and layout.offset
-    shared, octets = snippet(format.shared or _zero), layout.group // OCTET if layout.shared else 0
+    shared, has_shared = snippet(format.shared or _zero), layout.shared > 0
     group, base_group, cells = layout.group, layout.base_group, block // CELL
     store_codes = _store_codes(format, layout, flip)
 
@@ -51,9 +51,7 @@ def pack(format: Any, layout: Layout, flip: int) -> Kernel:
                             offsets[tile, at, lane] = offset_values[offset_bits(b, g)]
                     if has_step:
                         for g in range(block // group):
-                            byte = step(b, g)
-                            for o in range(octets):
-                                byte |= shared(b, g * octets + o) << (4 + o)
+                            byte = step(b, g) | shared(b, g) << 4 if has_shared else step(b, g)
                             steps[tile, n * (block // group) + g, lane] = byte
                             if has_offset_step:
                                 offset_steps[tile, n * (block // group) + g, lane] = offset_step(b, g)

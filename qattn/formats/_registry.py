@@ -58,8 +58,8 @@ class Format:
     code: Snippet | None = None
     """The code of weight i, 0 … 2**bits - 1."""
     shared: Snippet | None = None
-    """The uppermost bit of the codes of octet o, if eight weights share it.  Steps are 0 … 15 then, and both halves of
-    the table go up by the same power of two."""
+    """The uppermost bits of the codes of group g, one for each eight weights, if these share it: steps are 0 … 15 then,
+    and both halves of the table go up by the same power of two."""
     zero: int = 0
     """The code of level 0."""
     table: tuple[int, ...] | None = None

@@ -21,8 +21,8 @@ def code(b: Any, i: int) -> Any:
     return GRID[b[octet] | (nibble & 7) << 8, i & 7] | (nibble >> 3 ^ 1) << 2
 
 
-def shared(b: Any, o: int) -> Any:
-    return (b[32 + (o >> 1)] >> (4 * (o & 1) + 3)) & 1 ^ 1
+def shared(b: Any, g: int) -> Any:
+    return ((b[32 + g] >> 3) & 1 | (b[32 + g] >> 7) << 1) ^ 3
 
 
 def scale_bits(b: Any, g: int) -> Any:
