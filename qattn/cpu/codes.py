@@ -58,14 +58,19 @@ class _Vector(Value):
 
 
 class _Alike:
-    """16 int32, neighbours of which are the same number: these numbers, scalars, and maybe the vector as well."""
+    """16 int32, neighbours of which are the same number: these numbers, scalars, to look something up with.
+
+    Where a vector is to be had for little, it is computed as well: what nobody uses, LLVM leaves out.
+    """
 
     def __init__(self, e: Language, numbers: list[Value], vector: _Vector | None = None) -> None:
         self.e, self.numbers, self._vector = e, numbers, vector
+        if len(numbers) == 1:
+            self._vector = _Vector(e, numbers[0].splat(e.I32V).ir)
 
     def vector(self) -> _Vector:
         """One after the other."""
-        if self._vector:
+        if self._vector is not None:
             return self._vector
         count = len(self.numbers)
         few = self.e.constant(0, ir.VectorType(self.e.I32, count))
@@ -78,16 +83,16 @@ class _Alike:
         return [self.numbers[i * len(self.numbers) // count] for i in range(count)]
 
     def _with(self, other: Any, operate: Callable[[Any, Any], Any]) -> Any:
-        if isinstance(other, Value):
+        if isinstance(other, Value) or (not isinstance(other, _Alike) and _alike(other) < _ALIKE):
             return operate(self.vector(), other)
         if isinstance(other, _Alike):
-            count = max(len(self.numbers), len(other.numbers))
-            return _Alike(self.e, list(map(operate, self.spread(count), other.spread(count))))
-        if _alike(other) < _ALIKE:
-            return operate(self.vector(), other)
-        count = max(len(self.numbers), LANES // _alike(other))
-        constants = np.broadcast_to(other, LANES)[:: LANES // count].tolist()
-        return _Alike(self.e, list(map(operate, self.spread(count), constants)))
+            count, vector = max(len(self.numbers), len(other.numbers)), other._vector
+            numbers = other.spread(count)
+        else:
+            count, vector = max(len(self.numbers), LANES // _alike(other)), other
+            numbers = np.broadcast_to(other, LANES)[:: LANES // count].tolist()
+        both = None if self._vector is None or vector is None else operate(self._vector, vector)
+        return _Alike(self.e, list(map(operate, self.spread(count), numbers)), both)
 
     def __add__(self, other: Any) -> Any:
         return self._with(other, operator.add)
@@ -138,7 +143,7 @@ class _Block:
         if alike < _ALIKE:
             return vector
         each = [self.start.at(i).load(self.e.I8).zero_extend(self.e.I32) for i in at[::alike].tolist()]
-        return _Alike(self.e, each, vector)  # what of it is not used costs nothing
+        return _Alike(self.e, each, vector)
 
 
 class _Book:

@@ -18,8 +18,8 @@ def code(b: Any, i: int) -> Any:
     at, octet = 34 + (i >> 5) * 2, i >> 3
     word = b[at] | b[at + 1] << 8
     digit = GRID[b[2 + octet] | ((word >> (3 * (octet & 3))) & 7) << 8, i & 7]
-    turned = 2 * (word >> 15 ^ 1)  # 2 for a positive shift, whose codes are 2 - digit
-    return digit + turned - digit * turned
+    turned = 2 * (word >> 15 ^ 1)  # 2 for a positive shift, whose codes are 2 - digit: 1 stays, others turn a bit
+    return digit ^ turned & (digit << 1 ^ 2)
 
 
 def step(b: Any, g: int) -> Any:
