@@ -8,9 +8,8 @@ an index into a code book, is no vector but a scalar for each few of them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import operator
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -30,7 +29,7 @@ def taken(e: Emitter, format: Any, b: Pointer) -> list[Value]:
     scope = {name: _Book(e, v) if isinstance(v, np.ndarray) else v for name, v in snippet.__globals__.items()}
     code = FunctionType(snippet.__code__, scope, snippet.__name__, None, snippet.__closure__)
     starts = range(0, format.block, LANES)
-    return [code(block, np.arange(first, first + LANES).view(_Indices)).vector().to(e.I8V) for first in starts]
+    return [code(block, np.arange(first, first + LANES).view(_Indices)).to(e.I8V) for first in starts]
 
 
 class _Indices(np.ndarray):
@@ -43,82 +42,43 @@ class _Indices(np.ndarray):
         return bool(truths.pop())
 
 
-class _Vector(Value):
-    """16 int32."""
-
-    def vector(self) -> _Vector:
-        """Itself: what a snippet gives may be either of two kinds."""
-        return self
-
-    def _binary(self, other: Any, on_ints: str, on_floats: str | None = None) -> Value:
-        other = other.vector() if isinstance(other, _Alike) else other
-        return _Vector(self.e, super()._binary(other, on_ints, on_floats).ir)
-
-    __rmul__ = Value.__mul__
-
-
-class _Alike:
+class _Alike(Value):
     """16 int32, neighbours of which are the same number: these numbers, scalars, to look something up with.
 
-    Where a vector is to be had for little, it is computed as well: what nobody uses, LLVM leaves out.
+    Whoever asks for the vector gets it.  Where it is to be had for little, it is computed beside the numbers: what
+    nobody uses, LLVM leaves out.
     """
 
-    def __init__(self, e: Language, numbers: list[Value], vector: _Vector | None = None) -> None:
-        self.e, self.numbers, self._vector = e, numbers, vector
-        if len(numbers) == 1:
-            self._vector = _Vector(e, numbers[0].splat(e.I32V).ir)
+    def __init__(self, e: Language, numbers: list[Value], vector: Value | None = None) -> None:
+        self.e, self.numbers = e, numbers
+        self._vector = numbers[0].splat(e.I32V) if len(numbers) == 1 else vector
 
-    def vector(self) -> _Vector:
-        """One after the other."""
+    @functools.cached_property
+    def ir(self) -> ir.Value:  # type: ignore[override]
+        """The vector: the numbers one after the other."""
         if self._vector is not None:
-            return self._vector
+            return self._vector.ir
         count = len(self.numbers)
         few = self.e.constant(0, ir.VectorType(self.e.I32, count))
         for i, number in enumerate(self.numbers):
             few = few.with_lane(i, number)
-        return _Vector(self.e, few.lanes(*np.repeat(range(count), LANES // count).tolist()).ir)
+        return few.lanes(*np.repeat(range(count), LANES // count).tolist()).ir
 
     def spread(self, count: int) -> list[Value]:
         """So many numbers, each for fewer neighbours."""
         return [self.numbers[i * len(self.numbers) // count] for i in range(count)]
 
-    def _with(self, other: Any, operate: Callable[[Any, Any], Any]) -> Any:
-        if isinstance(other, Value) or (not isinstance(other, _Alike) and _alike(other) < _ALIKE):
-            return operate(self.vector(), other)
+    def _binary(self, other: Any, on_ints: str, on_floats: str | None = None) -> Value:
         if isinstance(other, _Alike):
             count, vector = max(len(self.numbers), len(other.numbers)), other._vector
             numbers = other.spread(count)
+        elif isinstance(other, Value) or _alike(other) < _ALIKE:
+            return super()._binary(other, on_ints, on_floats)
         else:
             count, vector = max(len(self.numbers), LANES // _alike(other)), other
             numbers = np.broadcast_to(other, LANES)[:: LANES // count].tolist()
-        both = None if self._vector is None or vector is None else operate(self._vector, vector)
-        return _Alike(self.e, list(map(operate, self.spread(count), numbers)), both)
-
-    def __add__(self, other: Any) -> Any:
-        return self._with(other, operator.add)
-
-    def __sub__(self, other: Any) -> Any:
-        return self._with(other, operator.sub)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._with(other, operator.mul)
-
-    def __and__(self, other: Any) -> Any:
-        return self._with(other, operator.and_)
-
-    def __or__(self, other: Any) -> Any:
-        return self._with(other, operator.or_)
-
-    def __xor__(self, other: Any) -> Any:
-        return self._with(other, operator.xor)
-
-    def __lshift__(self, other: Any) -> Any:
-        return self._with(other, operator.lshift)
-
-    def __rshift__(self, other: Any) -> Any:
-        return self._with(other, operator.rshift)
-
-    __rmul__ = __mul__
+        both = None if self._vector is None or vector is None else self._vector._binary(vector, on_ints)
+        return _Alike(self.e, [a._binary(b, on_ints) for a, b in zip(self.spread(count), numbers, strict=True)], both)
 
 
 def _alike(constants: Any) -> int:
@@ -139,7 +99,7 @@ class _Block:
         found = self.start.at(first).load(self.e.bytes(last - first + 1))
         if not np.array_equal(at, np.arange(first, last + 1)):
             found = found.lanes(*(at - first).tolist())
-        vector = _Vector(self.e, found.zero_extend(self.e.I32V).ir)
+        vector = found.zero_extend(self.e.I32V)
         if alike < _ALIKE:
             return vector
         each = [self.start.at(i).load(self.e.I8).zero_extend(self.e.I32) for i in at[::alike].tolist()]
@@ -154,10 +114,10 @@ class _Book:
 
     def __getitem__(self, index: Any) -> Any:
         row, column = index if isinstance(index, tuple) else (index, None)
-        if isinstance(row, _Vector):
-            row = _Alike(self.e, [row.lane(i) for i in range(LANES)])
-        if not isinstance(row, _Alike):
+        if not isinstance(row, Value):
             return self.values[index]
+        if not isinstance(row, _Alike):
+            row = _Alike(self.e, [row.lane(i) for i in range(LANES)])
         e, start = self.e, self._start()
         if column is None:
             places = [start.at(number.zero_extend(e.I64)) for number in row.numbers]
@@ -169,7 +129,7 @@ class _Book:
         words = e.constant(0, ir.VectorType(ir.IntType(8 * width), count))
         for i, number in enumerate(row.spread(count)):
             words = words.with_lane(i, start.at(number.zero_extend(e.I64) * width).load(words.type.element))
-        return _Vector(e, words.bits(e.I8V).zero_extend(e.I32V).ir)
+        return words.bits(e.I8V).zero_extend(e.I32V)
 
     def _start(self) -> Pointer:
         """The module's only copy."""

@@ -69,6 +69,8 @@ class Value:
     def __mul__(self, other: Value | int | float) -> Value:
         return self._binary(other, "mul", "fmul")
 
+    __rmul__ = __mul__
+
     def __truediv__(self, other: Value | int | float) -> Value:
         return self._binary(other, "sdiv", "fdiv")
 
