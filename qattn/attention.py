@@ -363,12 +363,14 @@ class AttentionWithRope(Watched):
         """
         w = self._loaded()
         probe, logits, mask = probe or self.probe, logits or w.logits, self.mask if mask is None else mask
-        rows = w.projection(x)
-        c, heat = self.config, rotation.heat
-        turning = sum(count for count, _ in heads_of(c)[:2])
-        rotation = self._normalize(w.norms, rows, turning, batch, rotation)
-        if heat is not None:
-            backends.of(rows).scale_tokens(rows, 0, c.num_attention_heads * c.head_dim, heat, batch.angles)
+        if w.preparation is None or cache.params.hadamard:  # which turns heads that are ready
+            rows, c = w.projection(x), self.config
+            rotation = self._normalize(w.norms, rows, sum(count for count, _ in heads_of(c)[:2]), batch, rotation)
+            if rotation.heat is not None:
+                queries = c.num_attention_heads * c.head_dim
+                backends.of(rows).scale_tokens(rows, 0, queries, rotation.heat, batch.angles)
+        else:
+            rows, rotation = w.projection.unfinished(x), rotation._replace(preparation=w.preparation)
         merged = self._merge(w, self._attend(rows, cache, batch, rotation, logits, probe, mask), rows)
         out: Array = self.o_proj(merged)  # type: ignore[misc]
         if probe is not None:
@@ -423,7 +425,7 @@ class AttentionWithRope(Watched):
         """Normalize heads in place → the rotation that is left to do, of the first `turning` heads."""
         if self.config.norm_after_rope:
             backends.of(rows).rotate_heads(rows, turning, self.config.head_dim, rotation, batch.angles)
-            rotation = Rotation.none(len(rotation.cos), self.device)
+            rotation = Rotation.none(len(rotation.cos), self.device)._replace(heat=rotation.heat)
         for norm, first in norms:
             norm(rows, first)
         return rotation

@@ -9,7 +9,8 @@ import numpy as np
 from qattn import backends, devices
 from qattn.architectures import AttentionConfig, Norm, Temperature
 from qattn.logits import Logits
-from qattn.projection import heads_of
+from qattn.preparation import Preparation
+from qattn.projection import heads_of, stores
 from qattn.rope import RotaryEmbedding, Rotation
 from qattn.softmax_attention import alibi_slopes, relative_biases
 from qattn.state import State
@@ -23,12 +24,15 @@ class HeadNorm:
     def __init__(self, norm: Norm, name: str, state: State, heads: int, size: int, device: str) -> None:
         self.norm = norm
         self._groups, self._size = heads, size
-        self._weight: Any = None
-        self._bias: Any = None
+        self.weight: Any = None
+        """(groups, size) float32 on the device, or None."""
+        self.bias: Any = None
         if norm.weighted:
-            self._weight = self._spread(f"{name}.weight", state.vector(f"{name}.weight"), device)
+            self.weight = self._spread(f"{name}.weight", state.vector(f"{name}.weight"), device)
             if f"{name}.bias" in state:
-                self._bias = self._spread(f"{name}.bias", state.vector(f"{name}.bias"), device)
+                self.bias = self._spread(f"{name}.bias", state.vector(f"{name}.bias"), device)
+        self.by_head = self._groups == heads
+        """Whether it sees one head at a time."""
 
     def _spread(self, name: str, values: Array, device: str) -> Any:
         """Values as (groups, size) on the device.  Those that span all heads make these one group."""
@@ -44,7 +48,7 @@ class HeadNorm:
     def __call__(self, rows: Array, first: int) -> None:
         """Normalize the heads that begin at column `first` of each row, in place."""
         layer, epsilon = self.norm.kind == "layer", self.norm.epsilon
-        backends.of(rows).norm_heads(rows, first, self._groups, self._size, self._weight, self._bias, epsilon, layer)
+        backends.of(rows).norm_heads(rows, first, self._groups, self._size, self.weight, self.bias, epsilon, layer)
 
 
 def head_norms(c: AttentionConfig, state: State, parts: str, device: str) -> list[tuple[HeadNorm, int]]:
@@ -57,6 +61,41 @@ def head_norms(c: AttentionConfig, state: State, parts: str, device: str) -> lis
             norms.append((HeadNorm(norm, name, state, heads, size, device), first))
         first += heads * size
     return norms
+
+
+_LONGEST = 1024  # elements of a head for which there surely is shared memory
+
+
+def preparation(
+    c: AttentionConfig, finishing: tuple[Any, Any, Any], norms: list[tuple[HeadNorm, int]], device: str
+) -> Preparation | None:
+    """What is left to the kernels that rotate q and k and store k and v, or None.
+
+    A GPU's do it on the way, where a CPU's find the rows in a cache at each step.  They see one head at a time.
+
+    finishing : factor, bias and limit of the projection
+    """
+    finishes, by_head = any(array is not None for array in finishing), all(norm.by_head for norm, _ in norms)
+    if device == "cpu" or not by_head or not stores(c) or c.cross or (c.gate is not None and finishes):
+        return None
+    if not (finishes or norms or c.temperature) or max(c.head_dim, c.value_dim) > _LONGEST:
+        return None
+    columns = sum(count * size for count, size in heads_of(c))
+    with devices.current(device):
+        weight, shift = (_side_by_side(norms, columns, name, device) for name in ("weight", "bias"))
+    kinds = tuple(None if norm is None else (norm.kind, norm.epsilon) for norm in (c.q_norm, c.k_norm, c.v_norm))
+    return Preparation(*finishing, weight, shift, kinds, c.norm_after_rope)
+
+
+def _side_by_side(norms: list[tuple[HeadNorm, int]], columns: int, name: str, device: str) -> Any:
+    """The weights or biases of norms, (columns,), 1 or 0 where there is none; None if there is none at all."""
+    found = [(getattr(norm, name), first) for norm, first in norms if getattr(norm, name) is not None]
+    if not found:
+        return None
+    out = devices.asarray(np.full(columns, name == "weight", np.float32), device)
+    for values, first in found:
+        out[first : first + values.size] = values.ravel()
+    return out
 
 
 def logits_of(c: AttentionConfig, state: State, device: str) -> Logits:

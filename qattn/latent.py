@@ -27,6 +27,7 @@ class LatentProjection:
     """x → q, k and v side by side, the part of q and k that turns first in each head."""
 
     bias = None
+    finishing = None, None, None
 
     def __init__(self, config: AttentionConfig, state: State, *, device: str, precision: ops.Precision) -> None:
         if config.latent is None:
@@ -116,6 +117,8 @@ class LatentProjection:
         parts = [q, k, v] if self._gate is None else [q, k, v, self._times(x, self._gate)]
         rows = xp.concatenate([part.reshape(tokens, math.prod(part.shape[1:])) for part in parts], axis=1)
         return xp.ascontiguousarray(rows, dtype=np.float32)
+
+    unfinished = __call__  # nothing is left to others
 
     def expand(self, heads: Array) -> Array:
         """What attention made of the vectors → the heads' output, (tokens, heads, value_dim) float32."""

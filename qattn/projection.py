@@ -56,12 +56,14 @@ class Projection:
         """The fused weights, (outputs, hidden_size)."""
         self.bias: Any = devices.asarray(bias, device) if has_bias else None
         """(outputs,) float32, or None."""
-        self._factor: Any = devices.asarray(factor, device) if (factor != 1).any() else None
-        self._limit: Any = None
+        factor_there: Any = devices.asarray(factor, device) if (factor != 1).any() else None
+        limit_there: Any = None
         if config.clamp_qkv is not None:  # of the gate, which comes last, nothing is clamped
             gated = np.arange(len(factor)) >= len(factor) - self._gate_rows(names)
             limit = np.where(gated, np.finfo(np.float32).max, config.clamp_qkv)  # kernels' fast math knows no infinity
-            self._limit = devices.asarray(limit.astype(np.float32), device)
+            limit_there = devices.asarray(limit.astype(np.float32), device)
+        self.finishing = factor_there, self.bias, limit_there
+        """Factor, bias and limit of each output, (outputs,) float32 on the device, or None."""
         self._packed = PackedMatrix(self.wqkv).to(device)
 
     def _names(self, state: State) -> dict[str, int]:
@@ -115,9 +117,15 @@ class Projection:
 
     def __call__(self, x: Array) -> Array:
         """x (tokens, hidden_size) → (tokens, outputs) float32."""
+        return self._affine(x, *self.finishing)
+
+    def unfinished(self, x: Array) -> Array:
+        """The same, where `finishing` is left to others."""
+        return self._affine(x, None, None, None)
+
+    def _affine(self, x: Array, factor: Any, bias: Any, limit: Any) -> Array:
         out = backends.of(x).scratch("qkv", (len(x), self.outputs))
-        more: dict[str, Any] = {"factor": self._factor, "limit": self._limit, "precision": self._precision}
-        return ops.affine(x, self._packed, self.bias, out=out, **more)
+        return ops.affine(x, self._packed, bias, factor=factor, limit=limit, out=out, precision=self._precision)
 
 
 def stores(c: AttentionConfig) -> bool:

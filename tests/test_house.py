@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; a file imports from its own floor or from those below.
 FLOORS = [
     ("errors", "_changes"),
-    ("_check", "_backend", "_index", "_cache", "_meaning", "layout", "batch", "devices", "logits", "cache_types"),
-    ("formats", "masks"),
+    ("_check", "_backend", "_index", "_cache", "_meaning", "layout", "devices", "batch", "logits", "cache_types"),
+    ("formats", "masks", "preparation"),
     ("rope",),
     ("cpu", "cuda"),
     ("gguf_strings", "gguf_header", "array"),
@@ -77,6 +77,7 @@ def test_kernels_know_no_format_mask_or_layer(path):
         "qattn.layout",
         "qattn.batch",
         "qattn.logits",
+        "qattn.preparation",
         "qattn.cache_types",
         "qattn.devices",
         "qattn._cache",

@@ -150,13 +150,13 @@ def _or_empty(array: Array | None, ndim: int) -> Array:
 
 def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
     """out = heads rotated by the angles of their positions: see `qattn.cpu.rope`."""
-    cos, sin, neox, _ = rotation
+    cos, sin, neox, *_ = rotation
     cpu_rope.rotate(x, cos, sin, positions, neox, out, parts=_parts_of(len(x)))
 
 
 def rotate_heads(rows: Array, heads: int, size: int, rotation: Rotation, angles: Array) -> None:
     """Rotate the first heads of each row in place: see `qattn.cpu.rope`."""
-    cos, sin, neox, _ = rotation
+    cos, sin, neox, *_ = rotation
     cpu_rope.rotate_heads(rows, heads, size, cos, sin, angles, neox, parts=_parts_of(len(rows)))
 
 
@@ -171,7 +171,7 @@ def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q
         hadamard(qkv, heads * params.head_dim, params.n_kv_heads, params.head_dim)
         hadamard(qkv, (heads + params.n_kv_heads) * params.head_dim, params.n_kv_heads, params.values)
         rotation = Rotation(rotation.cos[:, :0], rotation.sin[:, :0], rotation.neox)
-    cos, sin, neox, _ = rotation
+    cos, sin, neox, *_ = rotation
     run = cpu_rope.rotate_and_store(params.key_kind, params.value_kind)
     run(qkv, cos, sin, batch, neox, cache.view(), cache.counts, q, parts=_parts_of(len(qkv)))
 

@@ -21,6 +21,7 @@ from qattn.cuda import rope as cuda_rope
 from qattn.cuda.activations import Activations, quantize
 from qattn.cuda.attend_variant import Storage
 from qattn.cuda.dequantize import dequantize as dequantize
+from qattn.cuda.heads import Steps
 from qattn.cuda.program import Program as Program
 from qattn.cuda.unpack import unpack as unpack_part
 from qattn.layout import CELL, Layout
@@ -130,13 +131,13 @@ def gate(heads: Array, x: Array, first: int, per_head: bool, function: str) -> N
 
 def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
     """out = heads rotated by the angles of their positions: see `qattn.cuda.rope`."""
-    cos, sin, neox, _ = rotation
+    cos, sin, neox, *_ = rotation
     cuda_rope.rotate(x, cos, sin, positions, neox, out)
 
 
 def rotate_heads(rows: Array, heads: int, size: int, rotation: Rotation, angles: Array) -> None:
     """Rotate the first heads of each row in place: see `qattn.cuda.rope`."""
-    cos, sin, neox, _ = rotation
+    cos, sin, neox, *_ = rotation
     cuda_rope.rotate_heads(rows, heads, size, cos, sin, angles, neox)
 
 
@@ -152,8 +153,9 @@ def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q
         first = (heads + params.n_kv_heads) * params.head_dim
         cuda_heads.hadamard(qkv, first, params.n_kv_heads, params.values)
         rotation = Rotation(rotation.cos[:, :0], rotation.sin[:, :0], rotation.neox)
-    cos, sin, neox, _ = rotation
-    cuda_rope.rotate_and_store(_storage(params), qkv, cos, sin, batch, neox, cache.view(), cache.counts, q)
+    cos, sin, neox, heat, preparation = rotation
+    steps = Steps.of(preparation, heat)
+    cuda_rope.rotate_and_store(_storage(params), qkv, cos, sin, batch, neox, cache.view(), cache.counts, q, steps)
 
 
 def _storage(params: Any, exact: bool = False) -> Storage:
@@ -199,11 +201,12 @@ def rotate_and_attend(
         rotate_and_store(qkv, rotation, batch, cache, q)
         attend(q, cache, batch.row_offsets, mask, logits, exact=exact, out=out)
         return
-    view, lse, (cos, sin, neox, _) = cache.view(), scratch("lse", (tokens, heads)), rotation
+    view, lse, (cos, sin, neox, heat, preparation) = cache.view(), scratch("lse", (tokens, heads)), rotation
     partial = cuda_attention.Partial.room(tokens, tokens, heads, view)
     cuda_attention.rotate_and_attend(
-        storage, qkv, cos, sin, batch, neox, view, cache.counts, mask, logits, out, lse, partial
-    )
+        storage, qkv, cos, sin, batch, neox, view, cache.counts, mask, logits, out, lse, partial,
+        Steps.of(preparation, heat),
+    )  # fmt: skip
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:

@@ -17,15 +17,17 @@ from qattn.cuda import ptx
 from qattn.cuda.attend_decode import ROWS, Sizes, finisher, walker
 from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, leave_empty, part_of, row_at
 from qattn.cuda.attend_variant import GIVEN, Storage, Variant, bases_of, bounds_of, scores_of
+from qattn.cuda.heads import STEPS
 from qattn.cuda.kernel import Kernel, kernel
-from qattn.cuda.rope import BATCH, store_value, turn_head
+from qattn.cuda.rope import BATCH, prepare_and_store, prepare_and_turn
 
 
 @functools.cache
-def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int) -> Kernel:
+def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: int, prepared: bool = False) -> Kernel:
     """The kernel for a cache of these kinds, of 16 bits, and heads of these sizes; launched with `Sizes.launch`.
 
-    There are at least two warps, and a block adds up whole values.
+    There are at least two warps, and a block adds up whole values.  Heads that have to be `prepared` are so where
+    keys and values will come: no copy of these has begun.
 
     Block (tile · kv_heads + head, part): each token has as many tiles as its group needs.
     """
@@ -35,14 +37,15 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
     walk, finish = walker(storage, variant, sizes), finisher(sizes)
     key_size, key_stride = sizes.key_size, row_stride(storage.keys, head_dim)
     value_stride = row_stride(storage.values, value_dim)
-    turn, store = turn_head(storage.keys), store_value(storage.values)
+    turn, store = prepare_and_turn(storage.keys, prepared), prepare_and_store(storage.values, prepared)
+    ring, own = sizes.ring // 4, max(head_dim, value_dim)
 
     @kernel(
-        "f32* i32 f32* f32* i32 i32 batch cache i64* f32 results i32 i32 given",
-        f"{storage.key}_{variant.key}_{head_dim}_{value_dim}",
-        batch=BATCH, cache=storage.memory, results=RESULTS, given=GIVEN,
+        "f32* i32 steps f32* f32* i32 i32 batch cache i64* f32 results i32 i32 given",
+        f"{storage.key}_{variant.key}_{head_dim}_{value_dim}{'_prepared' if prepared else ''}",
+        steps=STEPS, batch=BATCH, cache=storage.memory, results=RESULTS, given=GIVEN,
     )  # fmt: skip
-    def fused(qkv, width, cos, sin, half, neox, batch, cache, lengths, scale, results, heads, parts, given):
+    def fused(qkv, width, steps, cos, sin, half, neox, batch, cache, lengths, scale, results, heads, parts, given):
         shared, queries = cuda.shared.array(0, float32, 16), cuda.shared.array(0, uint16, 16)
         o, state = cuda.local.array(sums, float32), cuda.local.array(4, float32)
         kv_heads = cache.kv_heads
@@ -67,17 +70,18 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
 
         row = token * width
         warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
+        room = uint32(ring + warp * own)
         if writes and warp >= warps - 2:
             there = base_of(cache, slot, head, place) + place
             if warp == warps - 2:
                 column = int32((heads + head) * head_dim)
                 turn(
-                    qkv, row + column, cos, sin, angle, half, neox, int32(head_dim), float32(1),
-                    cache.keys, there * key_stride,
+                    qkv, row, column, 1, steps, cos, sin, angle, half, neox, int32(head_dim), float32(1),
+                    cache.keys, there * key_stride, shared, room,
                 )  # fmt: skip
             else:
                 column = int32((heads + kv_heads) * head_dim + head * value_dim)
-                store(qkv, row + column, int32(value_dim), cache.values, there * value_stride)
+                store(qkv, row, column, steps, int32(value_dim), cache.values, there * value_stride, shared, room)
         if parts > 1 and first >= end and part >= sinking:
             leave_empty(token, group, heads, first_head, first_row, last_row, part, parts, results)
             return
@@ -89,8 +93,9 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
                 d = int32(head_dim + lane)
                 column = int32((first_head + first_row + m) * head_dim)
                 turn(
-                    qkv, row + column, cos, sin, angle, half, neox, int32(head_dim), scale, queries, uint32(m * stride)
-                )
+                    qkv, row, column, 0, steps, cos, sin, angle, half, neox, int32(head_dim), scale,
+                    queries, uint32(m * stride), shared, room,
+                )  # fmt: skip
             while d < key_size:
                 queries[uint32(m * stride + d)] = uint16(0)
                 d = int32(d + 32)

@@ -57,6 +57,7 @@ from qattn.cuda import attend_decode, attend_exact, attend_fused, attend_prefill
 from qattn.cuda.attend_stage import MOST_ROWS
 from qattn.cuda.attend_tiles import RESULTS, SPLIT_BLOCK, Heads, Results, find_sequence, inverse, natural_lse
 from qattn.cuda.attend_variant import EMPTY, LOG2E, Given, Memory, Storage, Variant
+from qattn.cuda.heads import NO_STEPS, Steps
 from qattn.cuda.kernel import kernel
 from qattn.cuda.warps import warp_max, warp_sum
 from qattn.logits import Logits
@@ -218,9 +219,11 @@ def attend(
 
 def rotate_and_attend(
     storage: Storage, qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: CacheView, lengths: Array,
-    mask: Any, logits: Logits, out: Array, lse: Array, partial: Partial,
+    mask: Any, logits: Logits, out: Array, lse: Array, partial: Partial, steps: Steps = NO_STEPS,
 ) -> None:  # fmt: skip
-    """A decode step, from projected rows: rotation, write to the cache and attention, with the bits of the two steps.
+    """A decode step, from projected rows: preparation of heads, rotation, write to the cache and attention.
+
+    It has the bits of two steps, one after the other.
 
     For what `fuses` says.  Arguments as in `qattn.cuda.rope.rotate_and_store` and in
     `attend`, and
@@ -235,9 +238,9 @@ def rotate_and_attend(
     plan = Plan.of(tokens, tokens, heads, kv_heads, cache.capacity)
     results = Results(out, lse, *partial)
     variant, sizes = Variant.of(mask, logits, cache.pages), attend_decode.Sizes(head_dim, value_dim)
-    attend_fused.fused_kernel(storage, variant, head_dim, value_dim)(
-        qkv, qkv.shape[1], cos, sin, cos.shape[1], int(neox), batch, Memory.of(cache), lengths, logits.scale * LOG2E,
-        results, heads, plan.parts, Given.of(mask, logits),
+    attend_fused.fused_kernel(storage, variant, head_dim, value_dim, steps.flags != 0)(
+        qkv, qkv.shape[1], steps, cos, sin, cos.shape[1], int(neox), batch, Memory.of(cache), lengths,
+        logits.scale * LOG2E, results, heads, plan.parts, Given.of(mask, logits),
         grid=(plan.tiles * kv_heads, plan.parts), **sizes.launch(),
     )  # fmt: skip
     if plan.parts > 1:

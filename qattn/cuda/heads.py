@@ -1,21 +1,29 @@
-"""What happens to projected rows beside their rotation: scale, bias and clamp, norms of heads, temperature, gates."""
+"""What happens to projected rows beside their rotation: scale, bias and clamp, norms of heads, temperature, gates.
+
+Each is a pass over the rows.  Most of it can also be done head by head, by `finish_head` and `norm_head`, on a head's
+way to being rotated and stored: see `qattn.cuda.rope`.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint32
 
 from qattn.cuda import ptx
 from qattn.cuda.feed_forward import sum_of_block
 from qattn.cuda.kernel import Kernel, device, kernel
+from qattn.cuda.warps import warp_sum
+from qattn.preparation import Preparation
 
 GATES = ("sigmoid", "softplus")
 THREADS = 256
 _LOG2_E = math.log2(math.e)
 _FACTOR, _BIAS, _LIMIT, _LAYER = 1, 2, 4, 8  # bits of `flags`
+_WEIGHT, _SHIFT, _HEAT, _AFTER_ROPE, _NORMS = 16, 32, 64, 128, 8  # others of `Steps`, and where two for each part begin
+_NO_NORM, _RMS_NORM, _LAYER_NORM = range(3)
 Array = Any  # of CuPy
 
 
@@ -77,6 +85,102 @@ def hadamard(x: Array, first: int, heads: int, size: int) -> None:
 
 def _flags(*given: tuple[Any, int]) -> int:
     return sum(bit for value, bit in given if value is not None)
+
+
+class Steps(NamedTuple):
+    """A `Preparation`, and the temperatures of queries, as kernels take it: null for arrays that there aren't."""
+
+    factor: Array
+    bias: Array
+    limit: Array
+    weight: Array
+    shift: Array
+    heat: Array
+    flags: int
+    q_epsilon: float
+    k_epsilon: float
+    v_epsilon: float
+
+    @classmethod
+    def of(cls, preparation: Preparation | None, heat: Array | None) -> Steps:
+        """Nothing for None."""
+        if preparation is None:
+            return NO_STEPS
+        arrays = (*preparation[:5], heat)
+        flags = _flags(*zip(arrays, (_FACTOR, _BIAS, _LIMIT, _WEIGHT, _SHIFT, _HEAT), strict=True))
+        flags += _AFTER_ROPE if preparation.after_rope else 0
+        epsilons = [0.0, 0.0, 0.0]
+        for part, norm in enumerate(preparation.norms):
+            if norm is not None:
+                flags += (_LAYER_NORM if norm[0] == "layer" else _RMS_NORM) << _NORMS + 2 * part
+                epsilons[part] = norm[1]
+        return cls(*arrays, flags, *epsilons)
+
+
+NO_STEPS = Steps(None, None, None, None, None, None, 0, 0.0, 0.0, 0.0)
+STEPS = (Steps, "f32* f32* f32* f32* f32* f32* i32 f32 f32 f32")
+"""For a kernel's signature."""
+
+
+@device
+def finish_head(x, row, column, size, steps, room, start):
+    """The head in `size` columns of a row, scaled, with its bias and clamped: a warp writes it to its own room."""
+    cuda.syncwarp()  # all lanes have read what was there before
+    i = int32(cuda.threadIdx.x & 31)
+    while i < size:
+        value, at = x[row + column + i], column + i
+        if steps.flags & _FACTOR:
+            value = ptx.multiply(value, steps.factor[at])
+        if steps.flags & _BIAS:
+            value = ptx.add(value, steps.bias[at])
+        if steps.flags & _LIMIT:
+            value = ptx.minimum(ptx.maximum(value, -steps.limit[at]), steps.limit[at])
+        room[uint32(start + i)] = value
+        i = int32(i + 32)
+
+
+@device
+def turns_first(steps):
+    """Whether heads turn before they are normalized."""
+    return steps.flags & _AFTER_ROPE != 0
+
+
+@device
+def norm_head(column, size, part, angle, steps, room, start):
+    """Normalize a head of q, k or v, which is part 0, 1 or 2, where it is, and multiply q by its temperature.
+
+    A lane reads and writes elements lane, lane + 32, … alone.
+    """
+    lane, kind = int32(cuda.threadIdx.x & 31), steps.flags >> (_NORMS + 2 * part) & 3
+    if kind != _NO_NORM:
+        mean, total = float32(0), float32(0)
+        if kind == _LAYER_NORM:
+            i = lane
+            while i < size:
+                total = float32(total + room[uint32(start + i)])
+                i = int32(i + 32)
+            mean, total = float32(warp_sum(total) / float32(size)), float32(0)
+        i = lane
+        while i < size:
+            value = ptx.add(room[uint32(start + i)], -mean)
+            total = float32(total + value * value)
+            i = int32(i + 32)
+        epsilon = steps.q_epsilon if part == 0 else steps.k_epsilon if part == 1 else steps.v_epsilon
+        inverse = ptx.rsqrt(float32(warp_sum(total) / float32(size) + epsilon))
+        i = lane
+        while i < size:
+            value, at = ptx.multiply(ptx.add(room[uint32(start + i)], -mean), inverse), column + i
+            if steps.flags & _WEIGHT:
+                value = ptx.multiply(value, steps.weight[at])
+            if steps.flags & _SHIFT:
+                value = ptx.add(value, steps.shift[at])
+            room[uint32(start + i)] = value
+            i = int32(i + 32)
+    if part == 0 and steps.flags & _HEAT:
+        heat, i = steps.heat[angle], lane
+        while i < size:
+            room[uint32(start + i)] = ptx.multiply(room[uint32(start + i)], heat)
+            i = int32(i + 32)
 
 
 @kernel("f32* f32* f32* f32* i32 i32")

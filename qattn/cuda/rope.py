@@ -1,7 +1,8 @@
-"""Rotary embedding, fused with the write of keys and values into the cache.
+"""Rotary embedding, fused with the write of keys and values into the cache, and with what happens to heads before.
 
 A warp works on one head of one token, and hands each element to whoever asked.  `qattn.cuda.attend_fused` asks as well,
-so that a decode step needs no kernel of its own for this.
+so that a decode step needs no kernel of its own for this.  Where heads are scaled, shifted, clamped or normalized, a
+warp does that in shared memory; the kernels for heads that aren't know nothing of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from qattn.batch import Batch
 from qattn.cuda import ptx
 from qattn.cuda.attend_codes import stride_of
 from qattn.cuda.attend_variant import Memory, Storage, bases_of
+from qattn.cuda.heads import NO_STEPS, STEPS, Steps, finish_head, norm_head, turns_first
 from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.narrow import encode_row
 from qattn.cuda.values import narrow_for
@@ -76,6 +78,58 @@ def store_value(kind: str) -> Callable[..., Any]:
     return run
 
 
+@functools.cache
+def prepare_and_turn(kind: str, prepared: bool) -> Callable[..., Any]:
+    """A device function for one warp: what `turn_head` does, to the head of a row that begins at `column`.
+
+    It is one of q or of k, part 0 or 1.  If it has to be `prepared`, see `qattn.cuda.heads`, that happens in `room`, in
+    the elements from `start` on.
+    """
+    turn, turn_there = turn_head(kind), turn_head("f32")
+
+    @device
+    def directly(
+        x, row, column, part, steps, cos, sin, angle, half, neox, head_dim, factor, target, to, room, start
+    ):  # fmt: skip
+        turn(x, row + column, cos, sin, angle, half, neox, head_dim, factor, target, to)
+
+    @device
+    def by_room(
+        x, row, column, part, steps, cos, sin, angle, half, neox, head_dim, factor, target, to, room, start
+    ):  # fmt: skip
+        finish_head(x, row, column, head_dim, steps, room, start)
+        left = half
+        if turns_first(steps):
+            cuda.syncwarp()
+            turn_there(room, start, cos, sin, angle, half, neox, head_dim, float32(1), room, start)
+            cuda.syncwarp()
+            left = int32(0)
+        norm_head(column, head_dim, part, angle, steps, room, start)
+        cuda.syncwarp()
+        turn(room, start, cos, sin, angle, left, neox, head_dim, factor, target, to)
+
+    return by_room if prepared else directly
+
+
+@functools.cache
+def prepare_and_store(kind: str, prepared: bool) -> Callable[..., Any]:
+    """A device function for one warp: what `store_value` does, to the value of a row that begins at `column`."""
+    store = store_value(kind)
+
+    @device
+    def directly(x, row, column, steps, value_dim, values, to, room, start):
+        store(x, row + column, value_dim, values, to)
+
+    @device
+    def by_room(x, row, column, steps, value_dim, values, to, room, start):
+        finish_head(x, row, column, value_dim, steps, room, start)
+        norm_head(column, value_dim, 2, 0, steps, room, start)
+        cuda.syncwarp()
+        store(room, start, value_dim, values, to)
+
+    return by_room if prepared else directly
+
+
 _turn = turn_head("f32")
 
 
@@ -122,22 +176,17 @@ BATCH = (Batch, "i64* i64* i64* i64* i32")
 
 
 @functools.cache
-def _store_key(kind: str) -> Callable[..., Any]:
-    """A device function for one warp: a head is rotated and becomes a key, see `turn_head`; blocks by way of `room`."""
-    turn = turn_head("f32" if cache_types.of_kind(kind).in_blocks else kind)
+def _store_key(kind: str, prepared: bool) -> Callable[..., Any]:
+    """A device function for one warp: a head is rotated and becomes a key; blocks by way of `room`."""
     if not cache_types.of_kind(kind).in_blocks:
-
-        @device
-        def directly(x, row, cos, sin, angle, half, neox, head_dim, keys, to, room):
-            turn(x, row, cos, sin, angle, half, neox, head_dim, float32(1), keys, to)
-
-        return directly
-    encode = encode_row(kind)
+        return prepare_and_turn(kind, prepared)
+    turn, encode = prepare_and_turn("f32", prepared), encode_row(kind)
 
     @device
-    def in_blocks(x, row, cos, sin, angle, half, neox, head_dim, keys, to, room):
-        start = uint32((cuda.threadIdx.x >> 5) * head_dim)
-        turn(x, row, cos, sin, angle, half, neox, head_dim, float32(1), room, start)
+    def in_blocks(
+        x, row, column, part, steps, cos, sin, angle, half, neox, head_dim, factor, keys, to, room, start
+    ):  # fmt: skip
+        turn(x, row, column, part, steps, cos, sin, angle, half, neox, head_dim, factor, room, start, room, start)
         cuda.syncwarp()
         encode(room, start, head_dim, keys, to)
 
@@ -145,40 +194,51 @@ def _store_key(kind: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def store_kernel(storage: Storage, paged: bool = False) -> Kernel:
+def store_kernel(storage: Storage, paged: bool = False, prepared: bool = False) -> Kernel:
     """The kernel of `rotate_and_store`: a warp for each head of q, k and v of each token."""
     turn, put_key, put_value, (base_of, _) = (
-        turn_head("f32"), _store_key(storage.keys), store_value(storage.values), bases_of(paged)
+        prepare_and_turn("f32", prepared), _store_key(storage.keys, prepared),
+        prepare_and_store(storage.values, prepared), bases_of(paged),
     )  # fmt: skip
     key_stride, value_stride = stride_of(storage.keys), stride_of(storage.values)
 
     @kernel(
-        "f32* i32 f32* f32* i32 i32 batch cache i64* f32* i32 i32 i32 i32",
-        f"{storage.key}{'_paged' if paged else ''}",
-        batch=BATCH, cache=storage.memory,
+        "f32* i32 steps f32* f32* i32 i32 batch cache i64* f32* i32 i32 i32 i32 i32",
+        f"{storage.key}{'_paged' if paged else ''}{'_prepared' if prepared else ''}",
+        steps=STEPS, batch=BATCH, cache=storage.memory,
     )  # fmt: skip
-    def store(qkv, width, cos, sin, half, neox, batch, cache, lengths, q, tokens, heads, head_dim, value_dim):
+    def store(
+        qkv, width, steps, cos, sin, half, neox, batch, cache, lengths, q, tokens, heads, head_dim, value_dim, own
+    ):  # fmt: skip
+        """`own` elements of room for each warp."""
         room = cuda.shared.array(0, float32)
-        work, lane = int32(cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)), int32(cuda.threadIdx.x & 31)
+        warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
+        work, start = int32(cuda.blockIdx.x * WARPS + warp), uint32(warp * own)
         kv_heads = cache.kv_heads
         units = int32(heads + 2 * kv_heads)
         token = int32(uint32(work) // uint32(units))
         unit = int32(work - token * units)
         if token < tokens:
-            row = int64(token) * width + unit * head_dim
+            row, column = int64(token) * width, int32(unit * head_dim)
             angle = batch.angles[token]
             if unit < heads:
                 to = (int64(token) * heads + unit) * head_dim
-                turn(qkv, row, cos, sin, angle, half, neox, head_dim, float32(1), q, to)
+                turn(
+                    qkv, row, column, 0, steps, cos, sin, angle, half, neox, head_dim, float32(1), q, to, room, start
+                )  # fmt: skip
             else:
                 slot, place, head = batch.slots[token], batch.places[token], int32(unit - heads)
                 if head < kv_heads:
                     to = (base_of(cache, slot, head, place) + place) * key_stride(head_dim)
-                    put_key(qkv, row, cos, sin, angle, half, neox, head_dim, cache.keys, to, room)
+                    put_key(
+                        qkv, row, column, 1, steps, cos, sin, angle, half, neox, head_dim, float32(1), cache.keys, to,
+                        room, start,
+                    )  # fmt: skip
                 else:
                     head = int32(head - kv_heads)
                     to = (base_of(cache, slot, head, place) + place) * value_stride(value_dim)
-                    put_value(qkv, row + head * int32(value_dim - head_dim), value_dim, cache.values, to)
+                    column = int32(column + head * (value_dim - head_dim))
+                    put_value(qkv, row, column, steps, value_dim, cache.values, to, room, start)
                     if head == 0 and lane == 0:
                         ptx.atomic_max_64(lengths, slot, place + 1)
 
@@ -186,22 +246,25 @@ def store_kernel(storage: Storage, paged: bool = False) -> Kernel:
 
 
 def rotate_and_store(
-    storage: Storage, qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: Any, lengths: Array, q: Array
-) -> None:
+    storage: Storage, qkv: Array, cos: Array, sin: Array, batch: Batch, neox: bool, cache: Any, lengths: Array,
+    q: Array, steps: Steps = NO_STEPS,
+) -> None:  # fmt: skip
     """Rotate the queries and keys of projected rows, and append keys and values to a cache of these kinds.
 
     qkv : (tokens, heads · head_dim + kv_heads · (head_dim + value_dim) or more) float32, the projected rows
     cos, sin : (positions, rope_dims / 2) float32;  neox : pairs are (i, i + rope_dims / 2), else (2i, 2i + 1)
     batch : `Batch`;  cache : CacheView, written;  lengths : (sequences,) int64, the new tokens counted in
     q : (tokens, heads, head_dim) float32, overwritten with the rotated queries
+    steps : what happens to heads before
     Cost: one launch that reads qkv once and writes q and the new keys and values.  Nothing depends on what the arrays
     hold, so a CUDA graph can keep it.
     """
     tokens, heads, head_dim = q.shape
-    there = Memory.of(cache)
-    room = 4 * WARPS * head_dim if cache_types.of_kind(storage.keys).in_blocks else 0
-    store_kernel(storage, paged=there.each > 1)(
-        qkv, qkv.shape[1], cos, sin, cos.shape[1], int(neox), batch, there, lengths, q, tokens, heads, head_dim,
-        cache.value_dim,
-        grid=-(-tokens * (heads + 2 * there.kv_heads) // WARPS), block=32 * WARPS, shared=room,
+    there, prepared = Memory.of(cache), steps.flags != 0
+    in_room = prepared or cache_types.of_kind(storage.keys).in_blocks
+    room = max(head_dim, cache.value_dim) if in_room else 0
+    store_kernel(storage, there.each > 1, prepared)(
+        qkv, qkv.shape[1], steps, cos, sin, cos.shape[1], int(neox), batch, there, lengths, q, tokens, heads, head_dim,
+        cache.value_dim, room,
+        grid=-(-tokens * (heads + 2 * there.kv_heads) // WARPS), block=32 * WARPS, shared=4 * WARPS * room,
     )  # fmt: skip

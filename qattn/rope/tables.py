@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from qattn import _check, devices
+from qattn.preparation import Preparation
 from qattn.rope.scaling import Scaling, pair_factors, positive
 
 Array = np.ndarray[Any, Any]
@@ -35,6 +36,8 @@ class Rotation(NamedTuple):
     """Whether pairs are half a head apart."""
     heat: Any = None
     """(positions,) float32, what queries are multiplied by in layers that have a temperature."""
+    preparation: Preparation | None = None
+    """What happens to heads before, and to queries by `heat`, where that was left to those who rotate."""
 
     @classmethod
     def none(cls, positions: int, device: str) -> Rotation:

@@ -47,6 +47,7 @@ def all_kernels() -> Iterator[Kernel]:
         yield from (matmul.decode_kernel(layout, tokens) for tokens in (1, 16))
         yield from (matmul.prefill_kernel(layout), matmul_exact.exact_kernel(layout))
     yield from (matmul.decode_kernel(LAYOUT_OF[format], 8) for format in SOME)
+    yield from (matmul.decode_kernel(LAYOUT_OF[format], 1, shares=True) for format in SOME)
     for zero, groups in dict.fromkeys((layout.zero, max(1, 32 // layout.group)) for layout in LAYOUTS):
         yield activations.quantize_kernel(zero, groups)
     for kind in ("f16", "bf16"):
@@ -59,6 +60,8 @@ def all_kernels() -> Iterator[Kernel]:
         yield from (attend_exact.exact_kernel(Storage(kind, kind), PLAIN), rope.store_kernel(Storage(kind, kind)))
         yield attend_prefill.prefill_kernel(Storage(kind, kind), PLAIN, 128, 128)
     both = Storage("f16", "f16")
+    yield attend_fused.fused_kernel(both, PLAIN, 128, 128, prepared=True)
+    yield from (rope.store_kernel(Storage(kind, kind), prepared=True) for kind in ("bf16", "q8_0"))
     yield from (made(both, PLAIN, 576, 512) for made in (attend_decode.decode_kernel, attend_prefill.prefill_kernel))
     yield from (attend_exact.exact_kernel(both, FULL), rope.store_kernel(both, paged=True))
     for made in (attend_decode.decode_kernel, attend_fused.fused_kernel, attend_prefill.prefill_kernel):

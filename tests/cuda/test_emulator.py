@@ -431,6 +431,11 @@ def test_warps_are_ordered_by_their_own_synchronization():
     launch(body.format(STORE=STORE, other=1), threads=64, declarations=SHARED)
     with pytest.raises(PTXError, match="no barrier lies between"):
         launch(body.format(STORE=STORE, other=32), threads=64, declarations=SHARED)
+    # Another lane reads before the warp synchronizes, the writing one behind that; then the other way round.
+    other, sync, own = f"{OTHER} ld.shared.u32 %r0, [%r9];", "bar.warp.sync -1;", "ld.shared.u32 %r1, [%d1];"
+    launch(f"{STORE} {sync} {other} {sync} {own} st.shared.u32 [%d1], %t;", declarations=SHARED)
+    with pytest.raises(PTXError, match="no barrier lies between"):
+        launch(f"{STORE} {sync} {own} {sync} {other} st.shared.u32 [%d1], %t;", declarations=SHARED)
 
 
 @pytest.mark.parametrize("fastmath", [False, True])

@@ -90,9 +90,11 @@ class SharedWatch:
         for units, threads, when in self.reads:
             since = self.barrier_time[self.machine.block_of[threads]]
             units, threads, since = (array[when >= since] for array in (units, threads, since))
-            again = self.last_read[units] >= since
+            warps = self.machine.warp_of[threads]  # what a warp read before it synchronized, comes before all it does
+            before = (self.reading_warp[units] == warps) & (self.last_read[units] < self.warp_time[warps])
+            again = (self.last_read[units] >= since) & ~before
             self.last_read[units] = when
-            for last, now in ((self.reader, threads), (self.reading_warp, self.machine.warp_of[threads])):
+            for last, now in ((self.reader, threads), (self.reading_warp, warps)):
                 others = again & (last[units] != now)
                 last[units] = now
                 last[units[others | (last[units] != now)]] = SEVERAL
