@@ -20,7 +20,8 @@ There are three ways to divide the work; `product` chooses by the number of toke
 
 `decode`, for 16 tokens at a time, is bound by memory.  A block of threads has 32 rows.  Its warps take turns at the
     cells, each with the words of two more cells on their way to its registers, 16 bytes a lane; in the end their totals
-    meet in shared memory and are added up in the order of the warps.
+    meet in shared memory and are added up in the order of the warps.  Where so few rows keep a GPU idle, several blocks
+    share their cells, and `add_parts` adds up what these come to.
 `prefill`, for many, is bound by arithmetic.  A block has 128 rows and 64 tokens, a warp 32 rows and all 64 tokens: so
     words become factors once for eight blocks of tokens.  Activations, which all warps need, are copied to shared
     memory while those before are multiplied.
@@ -89,6 +90,7 @@ def product(layout: Layout, exact: bool) -> Callable[..., None]:
 
 # Types of what all kernels take: `Packed` with its sizes, `Activations`, and the result's.
 _SIGNATURE = "u8* u16* i8* u16* i8* u8* i32* i32 i32 i32 u8* f32* i32* f32* u8* i32 f32* i32 i32"
+Array = Any  # of CuPy
 
 
 def _key(layout: Layout) -> str:
@@ -106,11 +108,12 @@ def _arguments(packed: Any, a: Activations, out: Any, heads: int) -> tuple[Any, 
 
 
 @functools.cache
-def decode_kernel(layout: Layout, tokens: int) -> Kernel:
-    """The kernel for up to 1, 8 or 16 tokens: a block for 32 rows, whose warps take turns at the cells.
+def decode_kernel(layout: Layout, tokens: int, shares: bool = False) -> Kernel:
+    """The kernel for up to 1, 8 or 16 tokens: a block for 32 rows.
 
-    Each warp has the words of two cells on their way while it multiplies, and the activations, from a cache, of one.
-    The totals of all warps meet in shared memory.
+    Its warps take turns at the cells, or at one of `parts` of them if it `shares` them with other blocks; each has at
+    least one.  A warp has the words of two cells on their way while it multiplies, and the activations, from a cache,
+    of one.  The totals of all warps meet in shared memory.
     """
     blocks, single = -(-tokens // BLOCK), tokens == 1
     place_weights, fetch_weights, ready = weight_placer(layout), weight_fetcher(layout), weight_maker(layout)
@@ -129,15 +132,22 @@ def decode_kernel(layout: Layout, tokens: int) -> Kernel:
             return a | b | c | d
         return a | b
 
-    @kernel(_SIGNATURE, f"{_key(layout)}_{tokens}")
+    @kernel(f"{_SIGNATURE} f32* i32", f"{_key(layout)}_{tokens}{'_shared' if shares else ''}")
     def decode(
         codes, scales, steps, offsets, offset_steps, table, targets, tiles, cells, rows,
-        levels, x_scales, starts, sums, seconds, token_blocks, out, tokens, width,
+        levels, x_scales, starts, sums, seconds, token_blocks, out, tokens, width, totals_of_parts, parts,
     ):  # fmt: skip
         thread, warps, head = int32(cuda.threadIdx.x), int32(cuda.blockDim.x) >> 5, int32(cuda.blockIdx.z)
-        lane, warp, pair = thread & 31, thread >> 5, int32(cuda.blockIdx.x)
+        lane, warp, pair, cell, end = thread & 31, thread >> 5, int32(cuda.blockIdx.x), int32(0), cells
+        part, all_tokens = int32(0), tokens
+        if shares:
+            pair = int32(uint32(cuda.blockIdx.x) // uint32(parts))
+            part = int32(cuda.blockIdx.x - pair * parts)
+            cell = int32(uint32(part * cells) // uint32(parts))
+            end = int32(uint32((part + 1) * cells) // uint32(parts))
         w, a = (codes, scales, steps, offsets, offset_steps), (levels, x_scales, starts, sums)
-        tile, last = int32(head * tiles + min(2 * pair + (lane >> 4), tiles - 1)), cells - 1
+        tile = int32(head * tiles + min(2 * pair + (lane >> 4), tiles - 1))
+        last = end - 1
         block = int32(cuda.blockIdx.y) * blocks
         own = int64(head * token_blocks + block)  # and behind the blocks of all heads come those of remainders
         here, there = own * cells, (int64(token_blocks) * int32(cuda.gridDim.z) + own) * cells
@@ -145,10 +155,10 @@ def decode_kernel(layout: Layout, tokens: int) -> Kernel:
         row = min(lane >> 2, tokens - 1)  # so that a lane of a token that isn't there causes no traffic
         lookup = ptx.load_16_constant(table, 0) if has_table else (uint32(0), uint32(0), uint32(0), uint32(0))
         places, token_places = place_weights(w, tile, cells, lane), place_tokens(a, here, cells, lane, row)
-        totals, cell = zeros, warp
+        totals, cell = zeros, int32(cell + warp)
         even, odd = fetch_weights(places, cell), fetch_weights(places, min(cell + warps, last))
         x, flag = fetch_tokens(token_places, cell), remainders(seconds, here + cell, cells)
-        while cell < cells:
+        while cell < end:
             factors = ready(even, lane, lookup)
             totals = multiply(totals, factors, x)
             if flag != 0:
@@ -157,7 +167,7 @@ def decode_kernel(layout: Layout, tokens: int) -> Kernel:
             even, cell = fetch_weights(places, min(cell + 2 * warps, last)), int32(cell + warps)
             ahead = int32(min(cell, last))
             x, flag = fetch_tokens(token_places, ahead), remainders(seconds, here + ahead, cells)
-            if cell < cells:
+            if cell < end:
                 factors = ready(odd, lane, lookup)
                 totals = multiply(totals, factors, x)
                 if flag != 0:
@@ -184,7 +194,12 @@ def decode_kernel(layout: Layout, tokens: int) -> Kernel:
                 at += 32 * columns
                 other += 1
             if row < rows:
-                out[int64(first + (thread >> 5)) * width + targets[head * rows + row]] = total
+                token = int64(first + (thread >> 5))
+                if shares:
+                    there = (part * int64(all_tokens) + token) * int32(cuda.gridDim.z) + head
+                    totals_of_parts[there * rows + row] = total
+                else:
+                    out[token * width + targets[head * rows + row]] = total
             thread += 32 * warps
 
     return decode
@@ -196,9 +211,15 @@ def decode(layout: Layout, packed: Any, a: Activations, out: Any, heads: int = 1
     tokens, pairs = len(out), -(-tiles // heads // 2)
     size = next((size for size in DECODE_SIZES if tokens <= size), DECODE)
     warps = min(cells, decode_warps(layout, pairs * heads))
-    shared = 4 * 32 * size * warps
-    grid = pairs, -(-tokens // size), heads
-    decode_kernel(layout, size)(*_arguments(packed, a, out, heads), grid=grid, block=32 * warps, shared=shared)
+    parts = decode_parts(cells, pairs * heads, warps)
+    totals = _empty((parts, tokens, packed.rows)) if parts > 1 else None
+    decode_kernel(layout, size, parts > 1)(
+        *_arguments(packed, a, out, heads), totals, parts,
+        grid=(pairs * parts, -(-tokens // size), heads), block=32 * warps, shared=4 * 32 * size * warps,
+    )  # fmt: skip
+    if totals is not None:
+        grid = tokens, -(-packed.rows // _ADDERS)
+        add_parts(totals, packed.targets, parts, tokens, packed.rows, out, out.shape[1], grid=grid, block=_ADDERS)
 
 
 def decode_warps(layout: Layout, pairs: int) -> int:
@@ -210,8 +231,40 @@ def decode_warps(layout: Layout, pairs: int) -> int:
     return 12 if layout.group >= CELL and pairs < _FEW_PAIRS else 8
 
 
+def decode_parts(cells: int, pairs: int, warps: int) -> int:
+    """Blocks that share the cells of a pair of tiles, for any number of tokens.
+
+    With fewer than `_PROCESSORS` there is memory that nobody asks for.  But adding up takes a launch, while which a
+    warp could have had `_CELLS_OF_LAUNCH` cells, one after the other.
+    """
+    return max(1, min(_PROCESSORS // pairs, cells // (_CELLS_OF_LAUNCH * warps)))
+
+
+@kernel("f32* i32* i32 i32 i32 f32* i32")
+def add_parts(totals, targets, parts, tokens, rows, out, width):
+    """out[token, targets[row]] = Σ totals[part, token, row], in order: a row a thread, grid (tokens, runs of rows)."""
+    token, row = int64(cuda.blockIdx.x), int32(cuda.blockIdx.y * _ADDERS + cuda.threadIdx.x)
+    if row < rows:
+        total, part = float32(0), int32(0)
+        while part < parts:
+            total = float32(total + totals[(int64(part) * tokens + token) * rows + row])
+            part = int32(part + 1)
+        out[token * width + targets[row]] = total
+
+
+def _empty(shape: tuple[int, ...]) -> Array:
+    import cupy
+
+    return cupy.empty(shape, "float32")
+
+
 DECODE_SIZES = (1, BLOCK, DECODE)  # tokens that a kernel is made for
 _FEW_PAIRS = 512  # with so many, blocks of 8 warps fill a GPU
+_PROCESSORS = 132  # of the GPU that sizes are chosen for: bits must not depend on which it is
+_CELLS_OF_LAUNCH = (
+    4  # the memory takes 0.6 to 0.8 µs to answer, a warp has three cells on their way, a launch takes 1 µs
+)
+_ADDERS = 256  # threads of a block
 
 
 # ------------------------------------------------------------------------------------------------- many tokens

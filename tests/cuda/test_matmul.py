@@ -171,6 +171,33 @@ def test_a_token_does_not_depend_on_its_neighbours(cupy, name, cut, path):
     assert same_bits(multiply(cupy, x[first:end], w, path=path), whole[first:end])
 
 
+@pytest.mark.parametrize(("name", "columns"), [("Q4_0", 3232), ("Q4_K", 4096), ("Q6_K", 2048)])
+def test_few_rows_of_many_columns_are_shared_by_blocks(cupy, name, columns):
+    """With the same bits for any number of tokens."""
+    from qattn.cuda.kernel import Kernel
+    from qattn.cuda.matmul import decode_parts, decode_warps
+
+    w, x = random_weights(name, 70, columns), normal((18, columns))
+    x[1::4, 40] *= 300
+    layout = qattn.PackedMatrix(w).layouts[0]
+    assert decode_parts(columns // CELL, 3, decode_warps(layout, 3)) == 2
+    whole = multiply(cupy, x, w, path="decode")
+    assert nmse(whole, qattn.matmul(x, w, precision="int8")) < AGREEMENT
+    with mock.patch.object(Kernel, "__call__", autospec=True, side_effect=Kernel.__call__) as launches:
+        assert same_bits(multiply(cupy, x[4:5], w), whole[4:5])
+    assert launches.call_args_list[-1].args[0].name == "matmul_add_parts"
+    assert same_bits(multiply(cupy, x[3:9], w), whole[3:9])
+
+
+def test_blocks_share_cells_where_there_are_few_rows_and_enough_cells():
+    from qattn.cuda.matmul import decode_parts
+
+    assert decode_parts(128, 192, 12) == 1  # a GPU is busy
+    assert decode_parts(18, 18, 12) == 1  # as fast as a launch
+    assert decode_parts(224, 18, 12) == 4  # DeepSeek 3's compressed keys: 576 rows of 7168
+    assert decode_parts(4096, 1, 8) == 128
+
+
 @pytest.mark.parametrize("zero", [0, 8])
 @pytest.mark.parametrize("group", [16, 32])
 @pytest.mark.parametrize("shape", [(1, 32), (13, 96), (18, 4128)])
