@@ -32,6 +32,8 @@ from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kerne
 from qattn.cpu.target import TARGET
 from qattn.layout import CELL, OCTET, Layout
 
+Take = Callable[[int], Value]
+
 # ---------------------------------------------------------------------------------------------- the micro-kernel
 
 
@@ -111,42 +113,49 @@ def _quantized_micro_kernel(layout: Layout, rows: int, unpacked: bool = False) -
     """`rows` rows of int8 activations times one tile, perhaps `unpacked`, into a (rows, 16) float32 buffer."""
     parts = max(1, CELL // layout.group)
     quads = 8 // parts  # of a part of a cell
+    # Where groups have 16 columns, the products of one half wait for the other: those of many rows not in registers.
+    together = 2 if parts > 1 and rows > 4 else rows
 
     @micro_kernel
     def run(e, *arguments):
         *packed, x, x_scales, starts, sums, cells, out, slots, stride = arguments
         zeros = e.constant(0.0, e.F32)
         totals = [e.register(zeros) for _ in range(rows)]
+
+        def at(array: Pointer, slot: Value, row: int, part: int = 0, each: int = 1) -> Pointer:
+            """Where a row's number for the slot is, or for one of `each` of its parts."""
+            return array.at((slot * each + part) * (4 * rows)).at(4 * row)
+
+        def add_cell(slot: Value, some: range, codes: Take, scale: Take, offset: Take) -> None:
+            products = [zeros] * len(some)
+            for part in range(parts):
+                first = [e.constant(0, e.I32V)] * len(some)
+                if layout.zero:
+                    first = [at(starts, slot, m, part, parts).load(e.I32).splat(e.I32V) for m in some]
+                dots = Dots(e, first, quads, layout.largest, layout.signed)
+
+                def quad_x(quad: int, i: int) -> Value:
+                    return at(x, slot, some[i], quad, 8).load(e.I32).splat(e.I32V)
+
+                dots.add_all(range(quads * part, quads * (part + 1)), codes, quad_x)
+                for i, m in enumerate(some):
+                    product = dots.total(i).to(e.F32)
+                    products[i] = e.fma(product, scale(part), products[i]) if part else product * scale(part)
+                    if layout.offset:
+                        group_sum = at(sums, slot, m, part, parts).load(e.F32S).splat(e.F32)
+                        totals[m].set(e.fma(offset(part), group_sum, totals[m].get()))
+            for product, m in zip(products, some, strict=True):
+                x_scale = at(x_scales, slot, m).load(e.F32S).splat(e.F32)
+                totals[m].set(e.fma(product, x_scale, totals[m].get()))
+
         with e.loop(slots) as slot:
             cell = cells.at(slot * 4).load(e.I32).to(e.I64)
             weights = Weights(e, layout, packed, cell, unpacked)
-            cell_x = x.at(slot * (CELL * rows))
-
-            def quad_x(quad: int, m: int, cell_x: Pointer = cell_x) -> Value:
-                return cell_x.at(4 * (quad * rows + m)).load(e.I32).splat(e.I32V)
-
             if not unpacked:
                 weights.prefetch()
-            products = [zeros] * rows
-            for part in range(parts):
-                group_at = (slot * parts + part) * (4 * rows)
-                first = [e.constant(0, e.I32V)] * rows
-                if layout.zero:
-                    first = [starts.at(group_at).at(4 * m).load(e.I32).splat(e.I32V) for m in range(rows)]
-                dots = Dots(e, first, quads, layout.largest, layout.signed)
-                dots.add_all(range(quads * part, quads * (part + 1)), weights.codes, quad_x)
-                scale = weights.scale(part)
-                for m in range(rows):
-                    product = dots.total(m).to(e.F32)
-                    products[m] = e.fma(product, scale, products[m]) if part else product * scale
-                if layout.offset:
-                    offset = weights.offset(part)
-                    for m in range(rows):
-                        group_sum = sums.at(group_at).at(4 * m).load(e.F32S).splat(e.F32)
-                        totals[m].set(e.fma(offset, group_sum, totals[m].get()))
-            for m in range(rows):
-                x_scale = x_scales.at(slot * (4 * rows)).at(4 * m).load(e.F32S).splat(e.F32)
-                totals[m].set(e.fma(products[m], x_scale, totals[m].get()))
+            codes, scale, offset = map(functools.cache, (weights.codes, weights.scale, weights.offset))
+            for m in range(0, rows, together):
+                add_cell(slot, range(m, m + together), codes, scale, offset)
         for m in range(rows):
             out.at(stride * m).store(totals[m].get())
 
