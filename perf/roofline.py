@@ -52,8 +52,8 @@ class Limits(NamedTuple):
         return times[bound], bound
 
 
-def _reader(streams: int) -> Any:
-    """Add up the vectors of `streams` places of the buffer that are read side by side."""
+def _reader(streams: int, ahead: int) -> Any:
+    """Add up the vectors of `streams` places of the buffer that are read side by side, asked for `ahead` of that."""
 
     @micro_kernel
     def read(e, data, out, lines, distance):
@@ -63,6 +63,8 @@ def _reader(streams: int) -> Any:
             for n, total in enumerate(totals):
                 at = (i * unroll + n // streams) * LINE + distance * (n % streams)
                 total.set(total.get() + data.at(at).load(e.I32V))
+                if ahead:
+                    e.prefetch(data.at(at).at(ahead))
         for n, total in enumerate(totals):
             out.at(n * LINE).store(total.get())
 
@@ -167,7 +169,8 @@ def measure(counts: list[int]) -> dict[int, Limits]:
     data = _aligned(max(8 * harness.last_level_cache(), 1 << 28))
     ones, out = _aligned(16 * LINE), np.zeros((max(counts), 16 * LINE), np.uint8)
     ones.view(np.float32)[:] = 1
-    readers, writers = [_reader(n) for n in (1, 2, 4)], [_writer(streaming) for streaming in (False, True)]
+    readers = [_reader(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 4096, 16384)]
+    writers = [_writer(streaming) for streaming in (False, True)]
     peaks = {name: (_peak(step, name != "dot4"), TURNS * SUMS * ops) for name, (step, ops) in _PEAKS.items()}
     if TARGET.amx:
         peaks["bf16"] = _tile_peak(), 4 * 2 * 16 * 16 * 32
