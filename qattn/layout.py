@@ -47,6 +47,8 @@ class Layout(NamedTuple):
     the step itself is 0 … 15, the lower four bits."""
     offset: bool = False
     """There is an offset for each group, built like the scale."""
+    paired: bool = False
+    """The steps of scale and offset are 0 … 15, the lower and the upper four bits of a byte."""
     zero: int = 0
     """The code of level 0."""
     signed: bool = False
@@ -60,6 +62,11 @@ class Layout(NamedTuple):
         if self.table or self.up:
             return 2 * self.zero  # such levels reach further down than up
         return (1 << self.bits) - 1
+
+    @property
+    def nibbles(self) -> bool:
+        """Whether a scale's step is the lower four bits of its byte."""
+        return self.paired or self.shared > 0
 
     def name(self) -> str:
         """A name for caches, unique and fit for a file."""
@@ -82,6 +89,7 @@ class Packed(NamedTuple):
     """(tiles, K / group, 16) int8; empty if the layout has no steps."""
     offsets: np.ndarray
     offset_steps: np.ndarray
+    """Likewise; empty if these steps are `paired` with the others."""
     table: np.ndarray
     """64 bytes: the levels plus the zero point, four times over."""
     targets: np.ndarray

@@ -191,6 +191,7 @@ def _layout(fmt: formats.Format) -> tuple[Layout, Array]:
         up=up,
         shared=shared,
         offset=fmt.offset_bits is not None,
+        paired=fmt.paired,
         zero=0 if signed else zero,
         signed=signed,
     )
@@ -217,7 +218,7 @@ def _allocate(layout: Layout, targets: Array, columns: int, table: Array) -> Pac
         scales=zeros(bases, np.uint16),
         steps=zeros(steps if layout.step else none, np.int8),
         offsets=zeros(bases if layout.offset else none, np.uint16),
-        offset_steps=zeros(steps if layout.step and layout.offset else none, np.int8),
+        offset_steps=zeros(steps if layout.step and layout.offset and not layout.paired else none, np.int8),
         table=table,
         targets=targets,
         rows=len(targets),
@@ -271,9 +272,7 @@ def _unpack_part(part: Part) -> Planes:
         levels = (codes ^ 128).astype(np.int16) - fmt.zero
     else:
         levels = codes.astype(np.int16) - fmt.zero
-    scales = cpu.unpack_groups(packed.scales, packed.steps, layout, packed.rows)
-    offsets = cpu.unpack_groups(packed.offsets, packed.offset_steps, layout, packed.rows) if layout.offset else None
-    return Planes(levels, scales, offsets)
+    return Planes(levels, *cpu.unpack_groups(packed, layout))
 
 
 def part_values(part: Part) -> Array:

@@ -74,20 +74,23 @@ class Weights:
             self.e.prefetch(self._cell_codes.at(_AHEAD + 64 * line))
 
     def scale(self, part: int) -> Value:
-        return self._scaled(self._scales, self._steps, part)
+        base = self._base(self._scales, part)
+        if not self.layout.step:
+            return base
+        step = self._step(self._steps, part)
+        return base * (step & 15 if self.layout.nibbles else step).to(self.e.F32)
 
     def offset(self, part: int) -> Value:
-        return self._scaled(self._offsets, self._offset_steps, part)
+        base, paired = self._base(self._offsets, part), self.layout.paired
+        if not self.layout.step:
+            return base
+        step = self._step(self._steps, part) >> 4 & 15 if paired else self._step(self._offset_steps, part)
+        return base * step.to(self.e.F32)
 
-    def _scaled(self, bases: Pointer, steps: Pointer, part: int) -> Value:
+    def _base(self, bases: Pointer, part: int) -> Value:
         layout = self.layout
         base = _load_float(self.e, bases, self._index(layout.base_group, part), layout.base)
-        if layout.down:
-            base = base * 2.0**-layout.down
-        if not layout.step:
-            return base
-        step = self._step(steps, part)
-        return base * (step & 15 if layout.shared else step).to(self.e.F32)
+        return base * 2.0**-layout.down if layout.down else base
 
     def _step(self, steps: Pointer, part: int) -> Value:
         return steps.at(self._index(self.layout.group, part) * LANES).load(self.e.I8V).to(self.e.I32V)

@@ -29,8 +29,9 @@ def pack(format: Any, layout: Layout, flip: int) -> Kernel:
     snippet, block, size = generated(format.name), format.block, format.bytes
     scale_bits, step = snippet(format.scale_bits), snippet(format.step or _one)
     offset_bits, offset_step = snippet(format.offset_bits or _zero), snippet(format.offset_step or _one)
-    has_step, has_offset, has_offset_step = layout.step, layout.offset, layout.step and layout.offset
-    shared, has_shared = snippet(format.shared or _zero), layout.shared > 0
+    has_step, has_offset, paired = layout.step, layout.offset, layout.paired
+    has_offset_step, nibbles = has_step and has_offset and not paired, layout.nibbles
+    upper = offset_step if paired else snippet(format.shared or _zero)
     group, base_group, cells = layout.group, layout.base_group, block // CELL
     store_codes = _store_codes(format, layout, flip)
 
@@ -51,7 +52,7 @@ def pack(format: Any, layout: Layout, flip: int) -> Kernel:
                             offsets[tile, at, lane] = offset_values[offset_bits(b, g)]
                     if has_step:
                         for g in range(block // group):
-                            byte = step(b, g) | shared(b, g) << 4 if has_shared else step(b, g)
+                            byte = step(b, g) | upper(b, g) << 4 if nibbles else step(b, g)
                             steps[tile, n * (block // group) + g, lane] = byte
                             if has_offset_step:
                                 offset_steps[tile, n * (block // group) + g, lane] = offset_step(b, g)
@@ -108,11 +109,19 @@ def unpack_codes(packed: Packed, layout: Layout) -> Array:
     return codes.transpose(0, 3, 1, 2, 4).reshape(tiles * LANES, cells * CELL)[: packed.rows]
 
 
-def unpack_groups(bases: Array, steps: Array, layout: Layout, rows: int) -> Array:
-    """The scales or offsets of all groups, (rows, columns / group) float32."""
+def unpack_groups(packed: Packed, layout: Layout) -> tuple[Array, Array | None]:
+    """The scales and the offsets, if there are any, of all groups, (rows, columns / group) float32."""
+    steps = packed.steps & 15 if layout.nibbles else packed.steps
+    scales = _products(packed.scales, steps, layout, packed.rows)
+    if not layout.offset:
+        return scales, None
+    steps = packed.steps >> 4 & 15 if layout.paired else packed.offset_steps
+    return scales, _products(packed.offsets, steps, layout, packed.rows)
+
+
+def _products(bases: Array, steps: Array, layout: Layout, rows: int) -> Array:
     floats = bases.view(np.float16) if layout.base == "f16" else (bases.astype(np.uint32) << 16).view(np.float32)
     values: Array = np.ldexp(floats.astype(np.float32), -layout.down)
     if layout.step:
-        steps = steps & 15 if layout.shared else steps
         values = np.repeat(values, layout.base_group // layout.group, axis=1) * steps.astype(np.float32)
     return values.transpose(0, 2, 1).reshape(-1, values.shape[1])[:rows]

@@ -71,9 +71,9 @@ def _weight_arrays(layout: Layout) -> list[_Array]:
         many, shift = CELL // min(group, CELL), max(group // CELL, 1).bit_length() - 1
         return _Array(load, 16 * size * many, shift, tuple(16 * size * i for i in range(many)))
 
-    for _ in range(1 + layout.offset):
+    for of_offsets in (False, True)[: 1 + layout.offset]:
         arrays.append(rows(ptx.load_8_constant, layout.base_group, 2))
-        if layout.step:
+        if layout.step and not (of_offsets and layout.paired):
             arrays.append(rows(ptx.load_4_constant, layout.group, 1))
     return arrays
 
@@ -114,7 +114,7 @@ def weight_fetcher(layout: Layout) -> Any:
         return words
 
     codes = sum(4 if shared else 8 for _, _, shared, _, _ in _plane_words(layout))
-    count = codes + _factor_words(layout) * (1 + layout.offset)
+    count = codes + _factor_words(layout) * (1 + layout.offset) - groups_of(layout) * layout.paired
     return function("places, cell", types.UniTuple(_U32, count), fetch_weights)
 
 
@@ -136,9 +136,9 @@ def weight_maker(layout: Layout) -> Any:
         codes = _codes(e, layout, words, e.both(lane, 3), table)
         # With two bits less, a scale times the magic number, 3 · 2**22, is exact.  So where a sum s of integers began
         # at MAGIC, and its bits are those of the float 1.5 · 2**23 + s, one multiply-add gives s · scale.
-        scales = [e(ptx.float_of, e.both(e(ptx.bits_of, scale), 0xFFFFFFFC)) for scale in _factors(e, layout, words)]
+        scales, offsets = _scales_and_offsets(e, layout, words)
+        scales = [e(ptx.float_of, e.both(e(ptx.bits_of, scale), 0xFFFFFFFC)) for scale in scales]
         biases = [e(ptx.multiply, scale, _MINUS_MAGIC) for scale in scales]
-        offsets = _factors(e, layout, words) if layout.offset else []
         return codes + scales + biases + offsets
 
     floats = 4 * groups_of(layout) * (2 + layout.offset)
@@ -151,8 +151,7 @@ def value_maker(layout: Layout) -> Any:
     def values(e: Emitter, words: Any, lane: Any, table: Any) -> list[Any]:
         words = list(words)
         codes = _codes(e, layout, words, e.both(lane, 3), table)
-        scales = _factors(e, layout, words)
-        offsets = _factors(e, layout, words) if layout.offset else None
+        scales, offsets = _scales_and_offsets(e, layout, words)
         out = []
         for i, code in enumerate(codes):
             code = e.flip(code, 0x80808080) if layout.signed else code
@@ -220,8 +219,19 @@ def _pair_of_levels(e: Emitter, word: Any, table: Any) -> list[Any]:
     return [e(ptx.permute, *turns, order) for order in (0x6420, 0x7531)]
 
 
-def _factors(e: Emitter, layout: Layout, words: list[Any]) -> list[Any]:
-    """Take the words of scales, or offsets, off the list → float32 of four rows, for each group."""
+def _scales_and_offsets(e: Emitter, layout: Layout, words: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Take the words of scales, and offsets, off the list → float32 of four rows, for each group; [] for no offsets."""
+    groups = groups_of(layout) if layout.step else 0
+    bases, steps = _bases(e, layout, words), [words.pop(0) for _ in range(groups)]
+    scales = _stepped(e, layout, bases, [e.both(step, 0x0F0F0F0F) if layout.nibbles else step for step in steps])
+    if not layout.offset:
+        return scales, []
+    bases = _bases(e, layout, words)
+    steps = [e.both(e.right(step, 4), 0x0F0F0F0F) if layout.paired else words.pop(0) for step in steps]
+    return scales, _stepped(e, layout, bases, steps)
+
+
+def _bases(e: Emitter, layout: Layout, words: list[Any]) -> list[Any]:
     bases: list[Any] = []
     for _ in range(CELL // min(layout.base_group, CELL)):
         for word in (words.pop(0), words.pop(0)):
@@ -229,19 +239,19 @@ def _factors(e: Emitter, layout: Layout, words: list[Any]) -> list[Any]:
                 bases += [e(ptx.f16_to_f32, e.half(word, i)) for i in range(2)]
             else:
                 bases += [e(ptx.float_of, e.left(word, 16)), e(ptx.float_of, e.both(word, 0xFFFF0000))]
-    if layout.down:
-        bases = [e(ptx.multiply, base, 2.0**-layout.down) for base in bases]
+    return [e(ptx.multiply, base, 2.0**-layout.down) for base in bases] if layout.down else bases
+
+
+def _stepped(e: Emitter, layout: Layout, bases: list[Any], steps: list[Any]) -> list[Any]:
+    """Four rows' bases times their steps, for each group."""
     if not layout.step:
         return bases if len(bases) == 4 * groups_of(layout) else 2 * bases
     factors = []
-    for group in range(groups_of(layout)):
+    for group, word in enumerate(steps):
         # An int8 plus 128 is a byte, which becomes a float as the low mantissa bits of 2**23: cheaper than converting.
-        steps = words.pop(0)
-        if layout.shared:
-            steps = e.both(steps, 0x0F0F0F0F)
-        steps = e.flip(steps, 0x80808080)
+        flipped = e.flip(word, 0x80808080)
         for i in range(4):
-            step = e(ptx.float_of, e(ptx.permute, steps, 0x4B000000, 0x7540 + i))
+            step = e(ptx.float_of, e(ptx.permute, flipped, 0x4B000000, 0x7540 + i))
             step = e(ptx.add, step, -8388736.0)
             factors.append(e(ptx.multiply, bases[(4 * group + i) % len(bases)], step))
     return factors

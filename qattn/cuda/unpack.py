@@ -47,7 +47,8 @@ def unpack_kernel(layout: Layout, kind: str) -> Kernel:
     ``run(codes, scales, steps, offsets, offset_steps, table, targets, rows, columns, out)``, see `Packed`.
     """
     words, four, store, has_offset = _words(layout), _word_values(layout), store_for(kind), layout.offset
-    values, has_table, cell_bytes, gain = _four_rows(layout), layout.table, 64 * layout.bits, _shared(layout)
+    scales_of, offsets_of, paired = _four_rows(layout), _four_rows(layout, of_offsets=True), layout.paired
+    has_table, cell_bytes, gain = layout.table, 64 * layout.bits, _shared(layout)
 
     @device
     def emit(out, place, low, high, scale, offset, table):
@@ -62,8 +63,10 @@ def unpack_kernel(layout: Layout, kind: str) -> Kernel:
             cell = tile * np.int64(columns >> 5) + (column >> 5)
             low, high = words(codes, cell * cell_bytes + 4 * lanes, np.uint32((column >> 3) & 3))
             low, high = gain(low, high, steps, tile, lanes, column, columns)
-            s = values(scales, steps, tile, lanes, column, columns)
-            o = values(offsets, offset_steps, tile, lanes, column, columns) if has_offset else s
+            s = scales_of(scales, steps, tile, lanes, column, columns)
+            o = s
+            if has_offset:
+                o = offsets_of(offsets, steps if paired else offset_steps, tile, lanes, column, columns)
             levels = ptx.load_16_constant(table, 0) if has_table else low
             place = _targets(targets, tile, lanes, rows)
             emit(out, (place[0], columns, column), low[0], high[0], s[0], o[0], levels)
@@ -230,9 +233,10 @@ def _loaded_rows(base: str) -> Any:
 
 
 @functools.cache
-def _four_rows(layout: Layout) -> Any:
+def _four_rows(layout: Layout, of_offsets: bool = False) -> Any:
     """values(bases, steps, tile, lanes, column, columns): four rows' scales or offsets of the column's group."""
-    load, stepped, step_bits = _loaded_rows(layout.base), layout.step, 15 if layout.shared else 255
+    load, stepped, nibbles = _loaded_rows(layout.base), layout.step, layout.paired if of_offsets else layout.nibbles
+    step_bits, step_shift = np.uint32(15 if nibbles else 255), np.uint32(4 if nibbles and of_offsets else 0)
     unit, halved = np.float32(2.0**-layout.down), layout.down > 0
     base_shift, group_shift = layout.base_group.bit_length() - 1, layout.group.bit_length() - 1
 
@@ -249,9 +253,8 @@ def _four_rows(layout: Layout) -> Any:
                 ptx.multiply(base[2], unit), ptx.multiply(base[3], unit),
             )  # fmt: skip
         if stepped:
-            word = ptx.load_4_constant(
-                steps, (tile * (columns >> group_shift) + (column >> group_shift)) * TILE + lanes
-            )
+            group = tile * (columns >> group_shift) + (column >> group_shift)
+            word = ptx.load_4_constant(steps, group * TILE + lanes) >> step_shift
             return (
                 stepped_by(base[0], word),
                 stepped_by(base[1], word >> 8),

@@ -76,6 +76,8 @@ class Format:
     """As `scale_bits`, for formats with offsets."""
     offset_unit: float = 1.0
     offset_step: Snippet | None = None
+    paired: bool = False
+    """Steps of scales and of offsets are 0 … 15."""
     dtype: np.dtype[Any] | None = None
     """What a float format's weights are, bfloat16 as uint16; None for block formats."""
 

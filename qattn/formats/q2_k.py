@@ -31,5 +31,6 @@ register(
         offset_bits=word_at(82),
         offset_unit=-1.0,
         offset_step=offset_step,
+        paired=True,
     )
 )
