@@ -58,7 +58,8 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
         first_head = int32(head * group)
 
         # Others may count the new token in meanwhile: it makes no difference here.
-        slot, place, angle = batch.slots[token], int32(batch.places[token]), batch.angles[token]
+        slot, place = batch.slots[token], int32(batch.places[token])
+        angles = cos, sin, batch.angles[token], half, neox
         length = int32(max(lengths[slot], batch.places[token] + 1))
         if part == 0 and head == 0 and first_row == 0 and cuda.threadIdx.x == 0:
             ptx.atomic_max_64(lengths, slot, batch.places[token] + 1)
@@ -76,8 +77,8 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
             if warp == warps - 2:
                 column = int32((heads + head) * head_dim)
                 turn(
-                    qkv, row, column, 1, steps, cos, sin, angle, half, neox, int32(head_dim), float32(1),
-                    cache.keys, there * key_stride, shared, room,
+                    qkv, row, column, 1, steps, angles, int32(head_dim), float32(1), cache.keys, there * key_stride,
+                    shared, room,
                 )  # fmt: skip
             else:
                 column = int32((heads + kv_heads) * head_dim + head * value_dim)
@@ -93,8 +94,8 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
                 d = int32(head_dim + lane)
                 column = int32((first_head + first_row + m) * head_dim)
                 turn(
-                    qkv, row, column, 0, steps, cos, sin, angle, half, neox, int32(head_dim), scale,
-                    queries, uint32(m * stride), shared, room,
+                    qkv, row, column, 0, steps, angles, int32(head_dim), scale, queries, uint32(m * stride),
+                    shared, room,
                 )  # fmt: skip
             while d < key_size:
                 queries[uint32(m * stride + d)] = uint16(0)

@@ -34,11 +34,13 @@ def turn_head(kind: str) -> Callable[..., Any]:
     """A device function for one warp: target[to + d] = factor · element d of a head that is rotated.
 
     The head lies in x[row] on.  Targets of kind "f32" take the values, others rounded ones.  x may be the target.
+    `angles` are the tables of cosines and sines, the row in them, how many they have, and whether pairs are `neox`.
     """
     put = narrow_for(kind)
 
     @device
-    def run(x, row, cos, sin, angle, half, neox, head_dim, factor, target, to):
+    def run(x, row, angles, head_dim, factor, target, to):
+        cos, sin, angle, half, neox = angles
         i = int32(cuda.threadIdx.x & 31)
         while i < half:
             a, b = int32(2 * i), int32(2 * i + 1)
@@ -88,25 +90,21 @@ def prepare_and_turn(kind: str, prepared: bool) -> Callable[..., Any]:
     turn, turn_there = turn_head(kind), turn_head("f32")
 
     @device
-    def directly(
-        x, row, column, part, steps, cos, sin, angle, half, neox, head_dim, factor, target, to, room, start
-    ):  # fmt: skip
-        turn(x, row + column, cos, sin, angle, half, neox, head_dim, factor, target, to)
+    def directly(x, row, column, part, steps, angles, head_dim, factor, target, to, room, start):
+        turn(x, row + column, angles, head_dim, factor, target, to)
 
     @device
-    def by_room(
-        x, row, column, part, steps, cos, sin, angle, half, neox, head_dim, factor, target, to, room, start
-    ):  # fmt: skip
+    def by_room(x, row, column, part, steps, angles, head_dim, factor, target, to, room, start):
+        cos, sin, angle, half, neox = angles
         finish_head(x, row, column, head_dim, steps, room, start)
-        left = half
         if turns_first(steps):
             cuda.syncwarp()
-            turn_there(room, start, cos, sin, angle, half, neox, head_dim, float32(1), room, start)
+            turn_there(room, start, angles, head_dim, float32(1), room, start)
             cuda.syncwarp()
-            left = int32(0)
+            half = int32(0)  # is left to turn
         norm_head(column, head_dim, part, angle, steps, room, start)
         cuda.syncwarp()
-        turn(room, start, cos, sin, angle, left, neox, head_dim, factor, target, to)
+        turn(room, start, (cos, sin, angle, half, neox), head_dim, factor, target, to)
 
     return by_room if prepared else directly
 
@@ -139,7 +137,7 @@ def _rotate(x, cos, sin, positions, out, count, heads, head_dim, width, half, ne
     if unit < count:
         token = int32(uint32(unit) // uint32(heads))
         row = int64(token) * width + (unit - token * heads) * head_dim
-        _turn(x, row, cos, sin, positions[token], half, neox, head_dim, float32(1), out, row)
+        _turn(x, row, (cos, sin, positions[token], half, neox), head_dim, float32(1), out, row)
 
 
 def rotate(x: Array, cos: Array, sin: Array, positions: Array, neox: bool, out: Array) -> None:
@@ -183,10 +181,8 @@ def _store_key(kind: str, prepared: bool) -> Callable[..., Any]:
     turn, encode = prepare_and_turn("f32", prepared), encode_row(kind)
 
     @device
-    def in_blocks(
-        x, row, column, part, steps, cos, sin, angle, half, neox, head_dim, factor, keys, to, room, start
-    ):  # fmt: skip
-        turn(x, row, column, part, steps, cos, sin, angle, half, neox, head_dim, factor, room, start, room, start)
+    def in_blocks(x, row, column, part, steps, angles, head_dim, factor, keys, to, room, start):
+        turn(x, row, column, part, steps, angles, head_dim, factor, room, start, room, start)
         cuda.syncwarp()
         encode(room, start, head_dim, keys, to)
 
@@ -220,20 +216,15 @@ def store_kernel(storage: Storage, paged: bool = False, prepared: bool = False) 
         unit = int32(work - token * units)
         if token < tokens:
             row, column = int64(token) * width, int32(unit * head_dim)
-            angle = batch.angles[token]
+            angles = cos, sin, batch.angles[token], half, neox
             if unit < heads:
                 to = (int64(token) * heads + unit) * head_dim
-                turn(
-                    qkv, row, column, 0, steps, cos, sin, angle, half, neox, head_dim, float32(1), q, to, room, start
-                )  # fmt: skip
+                turn(qkv, row, column, 0, steps, angles, head_dim, float32(1), q, to, room, start)
             else:
                 slot, place, head = batch.slots[token], batch.places[token], int32(unit - heads)
                 if head < kv_heads:
                     to = (base_of(cache, slot, head, place) + place) * key_stride(head_dim)
-                    put_key(
-                        qkv, row, column, 1, steps, cos, sin, angle, half, neox, head_dim, float32(1), cache.keys, to,
-                        room, start,
-                    )  # fmt: skip
+                    put_key(qkv, row, column, 1, steps, angles, head_dim, float32(1), cache.keys, to, room, start)
                 else:
                     head = int32(head - kv_heads)
                     to = (base_of(cache, slot, head, place) + place) * value_stride(value_dim)
