@@ -12,7 +12,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import pytest
 
-from qattn.cpu.target import TARGET
+from qattn.cpu.target import TARGET, has_dot_products
 
 ROOT = Path(__file__).parent.parent
 SUITES = ["tests/test_matmul.py", "tests/test_attention.py"]
@@ -28,9 +28,12 @@ PROMISED = {
     "avx512": ("vpdpbusd", "vfmadd"),
     "avx2": ("vpmaddubsw", "vfmadd"),
     "plain": ("paddd", "mulps"),
+    "neon": ("sdot", "fmla"),
 }
 if TARGET.level != "avx512":
     del LEVELS["avx512"]
+if not llvm.get_process_triple().startswith("x86_64"):  # what a host has is tested everywhere
+    LEVELS, PROMISED = {}, {"neon": PROMISED["neon"]}
 x86 = pytest.mark.skipif(not llvm.get_process_triple().startswith("x86_64"), reason="levels of x86")
 
 
@@ -82,7 +85,7 @@ for kernel in (matmul.product(packed.layouts[0], False), attend):
 """
 
 
-@x86
+@pytest.mark.skipif(TARGET.level not in PROMISED, reason="nothing is promised")
 @pytest.mark.parametrize("level", ["host", *LEVELS])
 def test_a_level_computes_with_the_instructions_that_it_promises(level, tmp_path):
     # a cache of its own: machine code that was loaded cannot be read
@@ -96,3 +99,16 @@ def test_a_level_computes_with_the_instructions_that_it_promises(level, tmp_path
     for instruction, machine_code in zip(promised, kernels, strict=True):
         assert instruction in machine_code
         assert "zmm" not in machine_code or said.strip().endswith("avx512")
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "there"),
+    [
+        ("neoverse-n1", "", True), ("apple-m1", "", True), ("cortex-a72", "", False),
+        ("generic", "+neon,+dotprod", True), ("neoverse-n1", "-dotprod", False),
+    ],
+)  # fmt: skip
+def test_arm_is_known_by_what_llvm_makes_of_a_dot_product(name, features, there):
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    assert has_dot_products("aarch64-unknown-linux-gnu", name, features) == there

@@ -66,9 +66,14 @@ def pause(typing_context: Any) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         if builder.module.triple.startswith(("x86_64", "i686")):
             builder.call(cgutils.get_or_insert_function(builder.module, _NOTHING, "llvm.x86.sse2.pause"), [])
+        elif builder.module.triple.startswith(("aarch64", "arm64")):  # ARM's `yield` takes no time, this barrier does
+            barrier = cgutils.get_or_insert_function(builder.module, _BARRIER, "llvm.aarch64.isb")
+            builder.call(barrier, [_WHOLE_SYSTEM])
         return context.get_dummy_value()
 
     return types.void(), codegen
 
 
 _NOTHING = ir.FunctionType(ir.VoidType(), [])
+_BARRIER = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+_WHOLE_SYSTEM = ir.Constant(ir.IntType(32), 15)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import llvmlite.binding as llvm
 from numba import config
+from numba.core.codegen import get_host_cpu_features, initialize_llvm
 
 
 class Target(NamedTuple):
@@ -45,6 +46,27 @@ def _has_amx(features: set[str]) -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, permit, tile_data) == 0
 
 
+def has_dot_products(triple: str, name: str, features: str) -> bool:
+    """Whether LLVM uses ARM's dot products of bytes on this CPU.
+
+    It knows from the CPU's name: they are not among the features that it finds on Linux, and on macOS it finds none.
+    """
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=name, features=features, opt=2)
+    return "sdot" in machine.emit_assembly(llvm.parse_assembly(f'target triple = "{triple}"\n{_DOT_PRODUCT}'))
+
+
+_DOT_PRODUCT = """
+define i32 @dot(<16 x i8> %a, <16 x i8> %b) {
+  %left = sext <16 x i8> %a to <16 x i32>
+  %right = sext <16 x i8> %b to <16 x i32>
+  %products = mul <16 x i32> %left, %right
+  %sum = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %products)
+  ret i32 %sum
+}
+declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
+"""
+
+
 def _detect() -> Target:
     has = _features()
     triple = llvm.get_process_triple()
@@ -53,8 +75,12 @@ def _detect() -> Target:
             return Target("avx512", True, "avx512bf16" in has, "avx512vbmi" in has, _has_amx(has), 12)
         if {"avx2", "fma", "f16c"} <= has:
             return Target("avx2", "avxvnni" in has, False, False, False, 4)
-    if triple.startswith(("aarch64", "arm64")) and "dotprod" in has:
-        return Target("neon", True, False, False, False, 4)
+    if triple.startswith(("aarch64", "arm64")):
+        initialize_llvm()
+        name = llvm.get_host_cpu_name() if config.CPU_NAME is None else config.CPU_NAME
+        features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+        if has_dot_products(triple, name, features):  # as Numba compiles
+            return Target("neon", True, False, False, False, 4)
     return Target("plain", False, False, False, False, 4)
 
 
