@@ -363,7 +363,7 @@ class AttentionWithRope(Watched):
         """
         w = self._loaded()
         probe, logits, mask = probe or self.probe, logits or w.logits, self.mask if mask is None else mask
-        if w.preparation is None or cache.params.hadamard:  # which turns heads that are ready
+        if w.preparation is None or cache.params.hadamard:  # whose heads turn in memory
             rows, c = w.projection(x), self.config
             rotation = self._normalize(w.norms, rows, sum(count for count, _ in heads_of(c)[:2]), batch, rotation)
             if rotation.heat is not None:

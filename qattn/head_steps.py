@@ -63,7 +63,7 @@ def head_norms(c: AttentionConfig, state: State, parts: str, device: str) -> lis
     return norms
 
 
-_LONGEST = 1024  # elements of a head for which there surely is shared memory
+_LONGEST = 1024  # elements of a head: a block of four warps then has room for theirs on every GPU
 
 
 def preparation(
@@ -76,7 +76,7 @@ def preparation(
     finishing : factor, bias and limit of the projection
     """
     finishes, by_head = any(array is not None for array in finishing), all(norm.by_head for norm, _ in norms)
-    if device == "cpu" or not by_head or not stores(c) or c.cross or (c.gate is not None and finishes):
+    if device == "cpu" or not by_head or not stores(c) or (c.gate is not None and finishes):
         return None
     if not (finishes or norms or c.temperature) or max(c.head_dim, c.value_dim) > _LONGEST:
         return None

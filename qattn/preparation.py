@@ -9,9 +9,9 @@ class Preparation(NamedTuple):
     """For the heads of a projected row x, in this order::
 
         x = clamp(x * factor + bias, -limit, limit)
-        x = x / sqrt(mean(x²) + epsilon)             # head by head, if norms has "rms" for its part of the row
-        x = (x - mean(x)) / sqrt(var(x) + epsilon)   # or "layer"
-        x = x * weight + shift
+        x = x / sqrt(mean(x²) + epsilon)             # where `norms` has "rms" for its part of the row
+        x = (x - mean(x)) / sqrt(var(x) + epsilon)   # where it has "layer"
+        x = x * weight + shift                       # where it has either
 
     Arrays are (columns of q, k and v,) float32, on the device that computes; None where there is none.
     """
@@ -20,9 +20,7 @@ class Preparation(NamedTuple):
     bias: Any = None
     limit: Any = None
     weight: Any = None
-    """Of norms: 1 where there is none."""
     shift: Any = None
-    """Of norms: 0 where there is none."""
     norms: tuple[tuple[str, float] | None, ...] = (None, None, None)
     """Kind and epsilon for the heads of q, of k and of v."""
     after_rope: bool = False

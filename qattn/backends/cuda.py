@@ -90,7 +90,7 @@ def multiply_each(x: Array, matrix: PackedMatrix, out: Array, precision: str) ->
     """out[:, h] = x[:, h] @ head h of matrix.T: x (tokens, heads, columns), out (tokens, heads, rows), float32.
 
     matrix : `divisible`, (heads · rows, columns)
-    Cost: one launch for all heads, and one that rounds x.
+    Cost: one launch for all heads, one that rounds x, and a small one where blocks share cells.
     """
     (part,), (tokens, heads, _), exact = matrix.parts, x.shape, precision == "exact"
     given: Any = x

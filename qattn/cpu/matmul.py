@@ -32,7 +32,7 @@ from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kerne
 from qattn.cpu.target import TARGET
 from qattn.layout import CELL, OCTET, Layout
 
-Take = Callable[[int], Value]
+OfCell = Callable[[int], Value]  # by the number of a quad, or of a part
 
 # ---------------------------------------------------------------------------------------------- the micro-kernel
 
@@ -129,7 +129,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int, unpacked: bool = False) -
             """Where a row's number for the slot is, or for one of `each` of its parts."""
             return array.at((slot * each + part) * (4 * rows)).at(4 * row)
 
-        def add_cell(slot: Value, some: range, codes: Take, scale: Take, offset: Take) -> None:
+        def add_cell(slot: Value, some: range, codes: OfCell, scale: OfCell, offset: OfCell) -> None:
             products = [zeros] * len(some)
             for part in range(parts):
                 first = [e.constant(0, e.I32V)] * len(some)
@@ -158,7 +158,7 @@ def _quantized_micro_kernel(layout: Layout, rows: int, unpacked: bool = False) -
                 weights.prefetch()
             codes, scale, offset = map(functools.cache, (weights.codes, weights.scale, weights.offset))
             for m in range(0, rows, together):
-                add_cell(slot, range(m, m + together), codes, scale, offset)
+                add_cell(slot, range(m, min(m + together, rows)), codes, scale, offset)
         for m in range(rows):
             out.at(stride * m).store(totals[m].get())
 

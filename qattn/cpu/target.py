@@ -49,7 +49,7 @@ def _has_amx(features: set[str]) -> bool:
 def has_dot_products(triple: str, name: str, features: str) -> bool:
     """Whether LLVM uses ARM's dot products of bytes on this CPU.
 
-    It knows from the CPU's name: they are not among the features that it finds on Linux, and on macOS it finds none.
+    LLVM knows from the CPU's name: they are not among the features that it finds on Linux, and on macOS it finds none.
     """
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=name, features=features, opt=2)
     return "sdot" in machine.emit_assembly(llvm.parse_assembly(f'target triple = "{triple}"\n{_DOT_PRODUCT}'))

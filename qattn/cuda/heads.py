@@ -22,7 +22,8 @@ GATES = ("sigmoid", "softplus")
 THREADS = 256
 _LOG2_E = math.log2(math.e)
 _FACTOR, _BIAS, _LIMIT, _LAYER = 1, 2, 4, 8  # bits of `flags`
-_WEIGHT, _SHIFT, _HEAT, _AFTER_ROPE, _NORMS = 16, 32, 64, 128, 8  # others of `Steps`, and where two for each part begin
+_WEIGHT, _SHIFT, _HEAT, _AFTER_ROPE = 16, 32, 64, 128  # further bits of those of `Steps`
+_NORMS = 8  # from this bit on, two for each of q, k and v
 _NO_NORM, _RMS_NORM, _LAYER_NORM = range(3)
 Array = Any  # of CuPy
 
@@ -103,7 +104,7 @@ class Steps(NamedTuple):
 
     @classmethod
     def of(cls, preparation: Preparation | None, heat: Array | None) -> Steps:
-        """Nothing for None."""
+        """None: all has happened, and queries have their temperature."""
         if preparation is None:
             return NO_STEPS
         arrays = (*preparation[:5], heat)

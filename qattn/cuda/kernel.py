@@ -46,7 +46,7 @@ from numba.cuda import dispatcher
 from qattn import _cache
 from qattn.devices import CAPABILITY
 
-_SOURCES = ("cuda/*.py", "formats/*.py", "masks/*.py", "cache_types.py")
+_SOURCES = ("cuda/*.py", "formats/*.py", "masks/*.py", "cache_types.py", "layout.py")
 _TYPES = {
     "u8": types.uint8,
     "i8": types.int8,

@@ -74,7 +74,8 @@ def product(layout: Layout, exact: bool) -> Callable[..., None]:
     out : (tokens, n) float32, C-contiguous, aligned to 16 bytes
     heads : the rows are those of so many matrices, one after the other, whole tiles of each; x has a row of each token
         for each of them: (tokens, heads, K)
-    Cost: `decode` and `exact` read the packed weights once for every 16 tokens, `prefill` once for every 64.
+    Cost: `decode` and `exact` read the packed weights once for every 16 tokens, `prefill` once for every 64.  One
+    launch, and a small one that adds up where blocks share cells.
     """
 
     def run(packed: Any, x: Any, out: Any, heads: int = 1) -> None:
@@ -234,10 +235,10 @@ def decode_warps(layout: Layout, pairs: int) -> int:
 def decode_parts(cells: int, pairs: int, warps: int) -> int:
     """Blocks that share the cells of a pair of tiles, for any number of tokens.
 
-    With fewer than `_PROCESSORS` there is memory that nobody asks for.  But adding up takes a launch, while which a
-    warp could have had `_CELLS_OF_LAUNCH` cells, one after the other.
+    With fewer blocks than `_PROCESSORS`, not all of a GPU asks for memory.  But adding up takes a launch, during which
+    a warp could have had `_CELLS_OF_LAUNCH` cells, one after the other.
     """
-    return max(1, min(_PROCESSORS // pairs, cells // (_CELLS_OF_LAUNCH * warps)))
+    return max(1, min(_PROCESSORS // max(pairs, 1), cells // (_CELLS_OF_LAUNCH * max(warps, 1))))
 
 
 @kernel("f32* i32* i32 i32 i32 f32* i32")
@@ -261,9 +262,7 @@ def _empty(shape: tuple[int, ...]) -> Array:
 DECODE_SIZES = (1, BLOCK, DECODE)  # tokens that a kernel is made for
 _FEW_PAIRS = 512  # with so many, blocks of 8 warps fill a GPU
 _PROCESSORS = 132  # of the GPU that sizes are chosen for: bits must not depend on which it is
-_CELLS_OF_LAUNCH = (
-    4  # the memory takes 0.6 to 0.8 µs to answer, a warp has three cells on their way, a launch takes 1 µs
-)
+_CELLS_OF_LAUNCH = 4  # a launch takes about 1 µs, memory 0.6 to 0.8 to answer, and a warp asks for three at once
 _ADDERS = 256  # threads of a block
 
 

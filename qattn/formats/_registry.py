@@ -77,7 +77,7 @@ class Format:
     offset_unit: float = 1.0
     offset_step: Snippet | None = None
     paired: bool = False
-    """Steps of scales and of offsets are 0 … 15."""
+    """Steps of scales and of offsets are 0 … 15, so that a byte holds both."""
     dtype: np.dtype[Any] | None = None
     """What a float format's weights are, bfloat16 as uint16; None for block formats."""
 

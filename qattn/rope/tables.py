@@ -35,9 +35,10 @@ class Rotation(NamedTuple):
     neox: bool
     """Whether pairs are half a head apart."""
     heat: Any = None
-    """(positions,) float32, what queries are multiplied by in layers that have a temperature."""
+    """(positions,) float32, what queries are multiplied by in layers that have a temperature: by whoever rotates if
+    there is a preparation, else before."""
     preparation: Preparation | None = None
-    """What happens to heads before, and to queries by `heat`, where that was left to those who rotate."""
+    """What happens to heads before, where that is left to whoever rotates."""
 
     @classmethod
     def none(cls, positions: int, device: str) -> Rotation:

@@ -47,7 +47,7 @@ def all_kernels() -> Iterator[Kernel]:
         yield from (matmul.decode_kernel(layout, tokens) for tokens in (1, 16))
         yield from (matmul.prefill_kernel(layout), matmul_exact.exact_kernel(layout))
     yield from (matmul.decode_kernel(LAYOUT_OF[format], 8) for format in SOME)
-    yield from (matmul.decode_kernel(LAYOUT_OF[format], 1, shares=True) for format in SOME)
+    yield from (matmul.decode_kernel(LAYOUT_OF[format], tokens, shares=True) for format in SOME for tokens in (1, 16))
     for zero, groups in dict.fromkeys((layout.zero, max(1, 32 // layout.group)) for layout in LAYOUTS):
         yield activations.quantize_kernel(zero, groups)
     for kind in ("f16", "bf16"):

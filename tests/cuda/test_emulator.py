@@ -436,6 +436,9 @@ def test_warps_are_ordered_by_their_own_synchronization():
     launch(f"{STORE} {sync} {other} {sync} {own} st.shared.u32 [%d1], %t;", declarations=SHARED)
     with pytest.raises(PTXError, match="no barrier lies between"):
         launch(f"{STORE} {sync} {own} {sync} {other} st.shared.u32 [%d1], %t;", declarations=SHARED)
+    far = "xor.b32 %r9, %t, 32; shl.b32 %r9, %r9, 2; ld.shared.u32 %r0, [%r9];"
+    with pytest.raises(PTXError, match="no barrier lies between"):  # of the other warp's read
+        launch(f"{STORE} bar.sync 0; {far} {sync} {own} st.shared.u32 [%d1], %t;", threads=64, declarations=SHARED)
 
 
 @pytest.mark.parametrize("fastmath", [False, True])

@@ -189,6 +189,15 @@ def test_few_rows_of_many_columns_are_shared_by_blocks(cupy, name, columns):
     assert same_bits(multiply(cupy, x[3:9], w), whole[3:9])
 
 
+def test_blocks_share_the_cells_of_each_head(cupy):
+    heads, rows, columns = 2, 32, 3232
+    w, x = random_weights("Q4_0", heads * rows, columns), normal((5, heads, columns))
+    got = ops.affine_each(cupy.asarray(x), qattn.PackedMatrix(w).to("cuda:0"), precision="int8")
+    for head in range(heads):
+        want = qattn.matmul(x[:, head], w[head * rows : (head + 1) * rows], precision="int8")
+        assert nmse(cupy.asnumpy(got)[:, head], want) < AGREEMENT
+
+
 def test_blocks_share_cells_where_there_are_few_rows_and_enough_cells():
     from qattn.cuda.matmul import decode_parts
 

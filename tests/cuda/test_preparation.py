@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qattn
+from qattn._backend import as_host
 from qattn.architectures import Gate, Norm, Temperature
 from qattn.cuda import attention as cuda_attention
 from qattn.cuda.attention import Partial
@@ -145,3 +147,36 @@ def test_a_layers_heads_need_no_pass_of_their_own(cupy, features, passes):
     assert nmse(got, block(config, tensors, x)[1]) < 1e-10
     names = [call.args[0].name for call in launches.call_args_list]
     assert len([name for name in names if name.startswith("heads_")]) == passes, names
+
+
+@pytest.mark.parametrize(
+    ("kind", "features"),
+    [
+        ("float16", {}), ("bfloat16", {"temperature": Temperature(4, 0.2)}), ("q8_0", {"norm_after_rope": True}),
+        ("q8_0 turned", {}), ("float16 paged", {}), ("float16 in a cascade", {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_with_any_cache_prepare_heads_as_a_cpu_does(cupy, kind, features):
+    """A prompt and two tokens one by one, the second captured, over every kind of cache."""
+    norm, (dtype, *how) = Norm("rms", 1e-5), kind.split(" ", 1)
+    config, tensors = plain(clamp_qkv=2.0, q_norm=norm, k_norm=norm, **features)
+    tensors |= {"attn_q_norm.weight": 1 + normal(8, 7) / 4, "attn_k_norm.weight": 1 + normal((2, 8), 8) / 4}
+    tensors |= {f"attn_{name}.bias": normal(rows, rows) for name, rows in (("q", 32), ("k", 16), ("v", 16))}
+    params = qattn.KVCacheParams(2, 8, dtype=dtype, hadamard=how == ["turned"])
+    x, outs = normal((9, HIDDEN)), []
+    for device in ("cpu", "cuda:0"):
+        attn, put = loaded(config, tensors, devices=[device]), np.asarray if device == "cpu" else cupy.asarray
+        attn.precision = "int8"  # of attention, and so one token is rotated, stored and attends in one launch
+        cache = qattn.KVCache(params, device=device)
+        if how and how[0] != "turned":
+            cache = qattn.PagedKVCache(params, pages=4, device=device, cascade=how[0] == "in a cascade")
+        steps = [attn(put(x[:7]), kv_cache=cache)]
+        with mock.patch.object(Kernel, "__call__", autospec=True, side_effect=Kernel.__call__) as launches:
+            steps.append(attn(put(x[7:8]), kv_cache=cache))
+        names = [call.args[0].name for call in launches.call_args_list]
+        last, captured = attn(put(x[8:]), kv_cache=cache, capture={"q", "k"})
+        outs.append([as_host(a) for a in (*steps, last, captured["q"], captured["k"])])
+    assert any(name.startswith("attend_fused") for name in names) == (how != ["in a cascade"] and dtype != "q8_0")
+    for there, here in zip(outs[1], outs[0], strict=True):
+        assert nmse(there, here) < 1e-4  # a CPU rounds to 8 bits what a GPU rounds to 16

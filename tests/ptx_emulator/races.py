@@ -90,7 +90,7 @@ class SharedWatch:
         for units, threads, when in self.reads:
             since = self.barrier_time[self.machine.block_of[threads]]
             units, threads, since = (array[when >= since] for array in (units, threads, since))
-            warps = self.machine.warp_of[threads]  # what a warp read before it synchronized, comes before all it does
+            warps = self.machine.warp_of[threads]  # what it read before it synchronized, precedes all that follows
             before = (self.reading_warp[units] == warps) & (self.last_read[units] < self.warp_time[warps])
             again = (self.last_read[units] >= since) & ~before
             self.last_read[units] = when
