@@ -169,7 +169,7 @@ def measure(counts: list[int]) -> dict[int, Limits]:
     data = _aligned(max(8 * harness.last_level_cache(), 1 << 28))
     ones, out = _aligned(16 * LINE), np.zeros((max(counts), 16 * LINE), np.uint8)
     ones.view(np.float32)[:] = 1
-    readers = [_reader(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 4096, 16384)]
+    readers = [_reader(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 16384)]
     writers = [_writer(streaming) for streaming in (False, True)]
     peaks = {name: (_peak(step, name != "dot4"), TURNS * SUMS * ops) for name, (step, ops) in _PEAKS.items()}
     if TARGET.amx:

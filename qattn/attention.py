@@ -16,7 +16,7 @@ from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.devices import only as single_device
 from qattn.errors import CacheError, DeviceError
-from qattn.head_steps import HeadNorm, rotation_at, rotation_to
+from qattn.head_steps import rotation_at, rotation_to
 from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache, cascading
 from qattn.latent import LatentProjection
 from qattn.layer_weights import LayerWeights
@@ -333,14 +333,14 @@ class AttentionWithRope(Watched):
             As in a call.
         """
         w = self._loaded()
-        if w.memory is None:
+        if w.memory is None or w.memory_steps is None:
             raise ValueError("the layer attends to its own input, not to another sequence: call it")
         cache = self.kv_cache if kv_cache is None else kv_cache
         states, offsets = self._check_input(states, cache, row_offsets)
         batch, at, rotation = self._placed(cache, cache.lengths + np.diff(offsets), offsets, positions)
         with devices.current(self.device):
             rows, there = w.memory(states), batch.to(self.device)
-            rotation = self._normalize(w.memory_norms, rows, self.num_key_value_heads, there, rotation)
+            rotation = w.memory_steps(rows, there.angles, rotation)
             ops.store(rows, cache, offsets, rotation, batch.angles)
         cache.note(cache.lengths, None if positions is None else at, offsets)
 
@@ -363,14 +363,11 @@ class AttentionWithRope(Watched):
         """
         w = self._loaded()
         probe, logits, mask = probe or self.probe, logits or w.logits, self.mask if mask is None else mask
-        if w.preparation is None or cache.params.hadamard:  # whose heads turn in memory
-            rows, c = w.projection(x), self.config
-            rotation = self._normalize(w.norms, rows, sum(count for count, _ in heads_of(c)[:2]), batch, rotation)
-            if rotation.heat is not None:
-                queries = c.num_attention_heads * c.head_dim
-                backends.of(rows).scale_tokens(rows, 0, queries, rotation.heat, batch.angles)
+        if w.steps.preparation is None or cache.params.hadamard:  # whose heads turn in memory
+            rows = w.projection(x)
+            rotation = w.steps(rows, batch.angles, rotation)
         else:
-            rows, rotation = w.projection.unfinished(x), rotation._replace(preparation=w.preparation)
+            rows, rotation = w.projection.unfinished(x), rotation._replace(preparation=w.steps.preparation)
         merged = self._merge(w, self._attend(rows, cache, batch, rotation, logits, probe, mask), rows)
         out: Array = self.o_proj(merged)  # type: ignore[misc]
         if probe is not None:
@@ -418,17 +415,6 @@ class AttentionWithRope(Watched):
         offsets = ops.check_row_offsets(row_offsets, len(x), "x")
         _check.shape("row_offsets", offsets, (cache.sequences + 1,))
         return x, offsets
-
-    def _normalize(
-        self, norms: list[tuple[HeadNorm, int]], rows: Array, turning: int, batch: Batch, rotation: Rotation
-    ) -> Rotation:
-        """Normalize heads in place → the rotation that is left to do, of the first `turning` heads."""
-        if self.config.norm_after_rope:
-            backends.of(rows).rotate_heads(rows, turning, self.config.head_dim, rotation, batch.angles)
-            rotation = Rotation.none(len(rotation.cos), self.device)._replace(heat=rotation.heat)
-        for norm, first in norms:
-            norm(rows, first)
-        return rotation
 
     def _attend(
         self,

@@ -10,7 +10,7 @@ from qattn import backends, devices
 from qattn.architectures import AttentionConfig, Norm, Temperature
 from qattn.logits import Logits
 from qattn.preparation import Preparation
-from qattn.projection import heads_of, stores
+from qattn.projection import heads_of
 from qattn.rope import RotaryEmbedding, Rotation
 from qattn.softmax_attention import alibi_slopes, relative_biases
 from qattn.state import State
@@ -51,40 +51,62 @@ class HeadNorm:
         backends.of(rows).norm_heads(rows, first, self._groups, self._size, self.weight, self.bias, epsilon, layer)
 
 
-def head_norms(c: AttentionConfig, state: State, parts: str, device: str) -> list[tuple[HeadNorm, int]]:
-    """The norms that a layer has of these parts of a row, "q", "kv" or "qkv", each with its first column there."""
-    norms, first = [], 0
-    for name, norm, (heads, size) in zip(
-        ("q_norm", "k_norm", "v_norm"), (c.q_norm, c.k_norm, c.v_norm), heads_of(c, parts), strict=True
-    ):
-        if norm is not None and heads:
-            norms.append((HeadNorm(norm, name, state, heads, size, device), first))
-        first += heads * size
-    return norms
-
-
 _LONGEST = 1024  # elements of a head: a block of four warps then has room for theirs on every GPU
 
 
-def preparation(
-    c: AttentionConfig, finishing: tuple[Any, Any, Any], norms: list[tuple[HeadNorm, int]], device: str
-) -> Preparation | None:
-    """What is left to the kernels that rotate q and k and store k and v, or None.
+class HeadSteps:
+    """What a layer does to the projected heads of q, k and v, or of some of them, beside rotating them.
 
-    A GPU's do it on the way, where a CPU's find the rows in a cache at each step.  They see one head at a time.
-
-    finishing : factor, bias and limit of the projection
+    Parameters
+    ----------
+    parts : str
+        What a row consists of: "q", "kv" or "qkv".
+    finishing : (factor, bias, limit)
+        Of the projection.
+    gate_finishes : bool
+        They are not the same as none for a gate behind the heads.
     """
-    finishes, by_head = any(array is not None for array in finishing), all(norm.by_head for norm, _ in norms)
-    if device == "cpu" or not by_head or not stores(c) or (c.gate is not None and finishes):
-        return None
-    if not (finishes or norms or c.temperature) or max(c.head_dim, c.value_dim) > _LONGEST:
-        return None
-    columns = sum(count * size for count, size in heads_of(c))
-    with devices.current(device):
-        weight, shift = (_side_by_side(norms, columns, name, device) for name in ("weight", "bias"))
-    kinds = tuple(None if norm is None else (norm.kind, norm.epsilon) for norm in (c.q_norm, c.k_norm, c.v_norm))
-    return Preparation(*finishing, weight, shift, kinds, c.norm_after_rope)
+
+    def __init__(
+        self,
+        c: AttentionConfig,
+        state: State,
+        parts: str,
+        device: str,
+        finishing: tuple[Any, Any, Any] = (None, None, None),
+        gate_finishes: bool = False,
+    ) -> None:
+        (heads, size), (kv_heads, _), _ = sizes = heads_of(c, parts)
+        self._device, self._after_rope = device, c.norm_after_rope
+        self._turning, self._size, self._queries = heads + kv_heads, size, heads * size
+        self._norms: list[tuple[HeadNorm, int]] = []
+        kinds, first = (c.q_norm, c.k_norm, c.v_norm), 0
+        for name, norm, (count, each) in zip(("q_norm", "k_norm", "v_norm"), kinds, sizes, strict=True):
+            if norm is not None and count:
+                self._norms.append((HeadNorm(norm, name, state, count, each, device), first))
+            first += count * each
+        self.preparation: Preparation | None = None
+        """What can be left to the kernels that rotate q and k and store k and v, or None.
+
+        A GPU's do it on the way, where a CPU's find the rows in a cache at each step.  They see one head at a time."""
+        asked = any(array is not None for array in finishing) or bool(self._norms) or c.temperature is not None
+        fits = max(c.head_dim, c.value_dim) <= _LONGEST and all(norm.by_head for norm, _ in self._norms)
+        if asked and fits and device != "cpu" and parts == "qkv" and not gate_finishes:
+            norms = tuple(None if norm is None else (norm.kind, norm.epsilon) for norm in kinds)
+            weight, shift = (_side_by_side(self._norms, first, name, device) for name in ("weight", "bias"))
+            self.preparation = Preparation(*finishing, weight, shift, norms, c.norm_after_rope)
+
+    def __call__(self, rows: Array, angles: Array, rotation: Rotation) -> Rotation:
+        """Do it to rows in place, pass by pass → the rotation that is left to do."""
+        backend, heat = backends.of(rows), rotation.heat
+        if self._after_rope:
+            backend.rotate_heads(rows, self._turning, self._size, rotation, angles)
+            rotation = Rotation.none(len(rotation.cos), self._device)
+        for norm, first in self._norms:
+            norm(rows, first)
+        if heat is not None and self._queries:
+            backend.scale_tokens(rows, 0, self._queries, heat, angles)
+        return rotation
 
 
 def _side_by_side(norms: list[tuple[HeadNorm, int]], columns: int, name: str, device: str) -> Any:
@@ -92,9 +114,10 @@ def _side_by_side(norms: list[tuple[HeadNorm, int]], columns: int, name: str, de
     found = [(getattr(norm, name), first) for norm, first in norms if getattr(norm, name) is not None]
     if not found:
         return None
-    out = devices.asarray(np.full(columns, name == "weight", np.float32), device)
-    for values, first in found:
-        out[first : first + values.size] = values.ravel()
+    with devices.current(device):
+        out = devices.asarray(np.full(columns, name == "weight", np.float32), device)
+        for values, first in found:
+            out[first : first + values.size] = values.ravel()
     return out
 
 

@@ -27,7 +27,7 @@ class LatentProjection:
     """x → q, k and v side by side, the part of q and k that turns first in each head."""
 
     bias = None
-    finishing = None, None, None
+    finishing, gate_finishes = (None, None, None), False
 
     def __init__(self, config: AttentionConfig, state: State, *, device: str, precision: ops.Precision) -> None:
         if config.latent is None:

@@ -8,12 +8,11 @@ import numpy as np
 
 from qattn import devices, ops
 from qattn.architectures import AttentionConfig
-from qattn.head_steps import HeadNorm, Temperatures, head_norms, logits_of, preparation
+from qattn.head_steps import HeadNorm, HeadSteps, Temperatures, logits_of
 from qattn.latent import LatentProjection
 from qattn.linear import Linear
 from qattn.logits import Logits
 from qattn.packing import PackedMatrix
-from qattn.preparation import Preparation
 from qattn.projection import Projection, parts_of
 from qattn.state import State
 
@@ -22,13 +21,10 @@ class LayerWeights(NamedTuple):
     """The steps of a layer that have weights, in their order."""
 
     projection: Projection | LatentProjection
-    norms: list[tuple[HeadNorm, int]]
-    """Of heads of q, k and v, each with its first column in projected rows."""
-    preparation: Preparation | None
-    """What may be left to those who rotate heads."""
+    steps: HeadSteps
     memory: Projection | None
     """Makes keys and values of another sequence's states, for cross attention."""
-    memory_norms: list[tuple[HeadNorm, int]]
+    memory_steps: HeadSteps | None
     temperatures: Temperatures | None
     logits: Logits
     output_norm: HeadNorm | None
@@ -66,9 +62,8 @@ def take(
         options: dict[str, Any] = {"has_bias": has_bias, "clip": clip, "device": device, "precision": precision}
         projection = Projection(c, state, parts_of(c), **options)
         memory = Projection(c, state, "kv", **options) if c.cross else None
-    norms = head_norms(c, state, parts_of(c), device)
-    prepared = preparation(c, projection.finishing, norms, device)
-    memory_norms = head_norms(c, state, "kv", device) if c.cross else []
+    steps = HeadSteps(c, state, parts_of(c), device, projection.finishing, projection.gate_finishes)
+    memory_steps = HeadSteps(c, state, "kv", device) if c.cross else None
     inner = c.num_attention_heads * (c.value_dim if c.latent is None else c.latent.value_dim)
     output_norm = None
     if c.output_norm is not None:
@@ -85,6 +80,6 @@ def take(
     wo = PackedMatrix(weights).to(device) if linear_cls is Linear else weights
     output, nbytes = linear_cls(wo, bias, precision=precision), projection.nbytes + wo.nbytes
     return LayerWeights(
-        projection, norms, prepared, memory, memory_norms, temperatures, logits, output_norm, output_factor, output,
+        projection, steps, memory, memory_steps, temperatures, logits, output_norm, output_factor, output,
         nbytes,
     )  # fmt: skip

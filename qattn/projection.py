@@ -54,16 +54,18 @@ class Projection:
             wqkv, factor, bias = wqkv[order], factor[order], bias[order]
         self.wqkv = wqkv if clip is None else _clipped(wqkv, clip)
         """The fused weights, (outputs, hidden_size)."""
-        self.bias: Any = devices.asarray(bias, device) if has_bias else None
-        """(outputs,) float32, or None."""
+        bias_there: Any = devices.asarray(bias, device) if has_bias else None
         factor_there: Any = devices.asarray(factor, device) if (factor != 1).any() else None
         limit_there: Any = None
         if config.clamp_qkv is not None:  # of the gate, which comes last, nothing is clamped
             gated = np.arange(len(factor)) >= len(factor) - self._gate_rows(names)
             limit = np.where(gated, np.finfo(np.float32).max, config.clamp_qkv)  # kernels' fast math knows no infinity
             limit_there = devices.asarray(limit.astype(np.float32), device)
-        self.finishing = factor_there, self.bias, limit_there
+        self.finishing = factor_there, bias_there, limit_there
         """Factor, bias and limit of each output, (outputs,) float32 on the device, or None."""
+        gate_rows = self._gate_rows(names)
+        self.gate_finishes = bool((factor[-gate_rows:] != 1).any() or bias[-gate_rows:].any()) if gate_rows else False
+        """Whether the first two do anything to a gate: the last does not."""
         self._packed = PackedMatrix(self.wqkv).to(device)
 
     def _names(self, state: State) -> dict[str, int]:
@@ -104,6 +106,11 @@ class Projection:
             rows = np.concatenate([rows, rows[queries:]])
         order = np.concatenate([rows, gate])
         return None if np.array_equal(order, np.arange(sum(names.values()))) else order
+
+    @property
+    def bias(self) -> Any:
+        """(outputs,) float32, or None."""
+        return self.finishing[1]
 
     @property
     def outputs(self) -> int:

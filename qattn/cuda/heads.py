@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint32
@@ -21,8 +22,7 @@ from qattn.preparation import Preparation
 GATES = ("sigmoid", "softplus")
 THREADS = 256
 _LOG2_E = math.log2(math.e)
-_FACTOR, _BIAS, _LIMIT, _LAYER = 1, 2, 4, 8  # bits of `flags`
-_WEIGHT, _SHIFT, _HEAT, _AFTER_ROPE = 16, 32, 64, 128  # further bits of those of `Steps`
+_FACTOR, _BIAS, _LIMIT, _WEIGHT, _SHIFT, _HEAT, _AFTER_ROPE = (1 << bit for bit in range(7))  # of `flags`
 _NORMS = 8  # from this bit on, two for each of q, k and v
 _NO_NORM, _RMS_NORM, _LAYER_NORM = range(3)
 Array = Any  # of CuPy
@@ -48,9 +48,10 @@ def norm_heads(
     Cost: reads a piece once from memory and once or twice from a cache.
     """
     tokens, columns = x.shape
-    flags = _flags((weight, _FACTOR), (bias, _BIAS), (layer or None, _LAYER))
+    flags = _flags((weight, _WEIGHT), (bias, _SHIFT))
     threads = min(THREADS, -(-size // 128) * 32)  # up to four elements each, if that is enough
-    norm_kernel(x, first, columns, size, weight, bias, epsilon, flags, grid=(tokens, groups), block=threads)
+    grid = tokens, groups
+    norm_kernel(x, first, columns, size, weight, bias, epsilon, int(layer), flags, grid=grid, block=threads)
 
 
 def scale_tokens(x: Array, first: int, count: int, table: Array, angles: Array) -> None:
@@ -124,19 +125,68 @@ STEPS = (Steps, "f32* f32* f32* f32* f32* f32* i32 f32 f32 f32")
 
 
 @device
+def _finished(value, column, factor, bias, limit, flags):
+    if flags & _FACTOR:
+        value = ptx.multiply(value, factor[column])
+    if flags & _BIAS:
+        value = ptx.add(value, bias[column])
+    if flags & _LIMIT:
+        value = ptx.minimum(ptx.maximum(value, -limit[column]), limit[column])
+    return value
+
+
+@functools.cache
+def _normalizer(sum_of: Callable[..., Any]) -> Callable[..., Any]:
+    """A device function for threads that ``sum_of(value, partial)`` adds up: normalize x[at] … x[at + size - 1].
+
+    A thread reads and writes every `apart`-th element from its `first` on.  Weight and shift begin at `column`.
+    partials : what the two sums need
+    """
+
+    @device
+    def normalize(x, at, size, column, first, apart, layer, epsilon, weight, shift, flags, partials):
+        mean, total = float32(0), float32(0)
+        if layer:
+            i = first
+            while i < size:
+                total = float32(total + x[at + i])
+                i = int32(i + apart)
+            mean, total = float32(sum_of(total, partials[0]) / float32(size)), float32(0)
+        i = first
+        while i < size:
+            value = ptx.add(x[at + i], -mean)
+            total = float32(total + value * value)
+            i = int32(i + apart)
+        inverse = ptx.rsqrt(float32(sum_of(total, partials[1]) / float32(size) + epsilon))
+        i = first
+        while i < size:
+            value = ptx.multiply(ptx.add(x[at + i], -mean), inverse)
+            if flags & _WEIGHT:
+                value = ptx.multiply(value, weight[column + i])
+            if flags & _SHIFT:
+                value = ptx.add(value, shift[column + i])
+            x[at + i] = value
+            i = int32(i + apart)
+
+    return normalize
+
+
+@device
+def _sum_of_warp(value, partial):
+    return warp_sum(value)
+
+
+_normalize_by_block, _normalize_by_warp = _normalizer(sum_of_block), _normalizer(_sum_of_warp)
+
+
+@device
 def finish_head(x, row, column, size, steps, room, start):
     """The head in `size` columns of a row, scaled, with its bias and clamped: a warp writes it to its own room."""
     cuda.syncwarp()  # all lanes have read what was there before
     i = int32(cuda.threadIdx.x & 31)
     while i < size:
-        value, at = x[row + column + i], column + i
-        if steps.flags & _FACTOR:
-            value = ptx.multiply(value, steps.factor[at])
-        if steps.flags & _BIAS:
-            value = ptx.add(value, steps.bias[at])
-        if steps.flags & _LIMIT:
-            value = ptx.minimum(ptx.maximum(value, -steps.limit[at]), steps.limit[at])
-        room[uint32(start + i)] = value
+        value = x[row + column + i]
+        room[uint32(start + i)] = _finished(value, column + i, steps.factor, steps.bias, steps.limit, steps.flags)
         i = int32(i + 32)
 
 
@@ -154,29 +204,11 @@ def norm_head(column, size, part, angle, steps, room, start):
     """
     lane, kind = int32(cuda.threadIdx.x & 31), steps.flags >> (_NORMS + 2 * part) & 3
     if kind != _NO_NORM:
-        mean, total = float32(0), float32(0)
-        if kind == _LAYER_NORM:
-            i = lane
-            while i < size:
-                total = float32(total + room[uint32(start + i)])
-                i = int32(i + 32)
-            mean, total = float32(warp_sum(total) / float32(size)), float32(0)
-        i = lane
-        while i < size:
-            value = ptx.add(room[uint32(start + i)], -mean)
-            total = float32(total + value * value)
-            i = int32(i + 32)
         epsilon = steps.q_epsilon if part == 0 else steps.k_epsilon if part == 1 else steps.v_epsilon
-        inverse = ptx.rsqrt(float32(warp_sum(total) / float32(size) + epsilon))
-        i = lane
-        while i < size:
-            value, at = ptx.multiply(ptx.add(room[uint32(start + i)], -mean), inverse), column + i
-            if steps.flags & _WEIGHT:
-                value = ptx.multiply(value, steps.weight[at])
-            if steps.flags & _SHIFT:
-                value = ptx.add(value, steps.shift[at])
-            room[uint32(start + i)] = value
-            i = int32(i + 32)
+        _normalize_by_warp(
+            room, start, size, column, lane, int32(32), kind == _LAYER_NORM, epsilon, steps.weight, steps.shift,
+            steps.flags, (room, room),
+        )  # fmt: skip
     if part == 0 and steps.flags & _HEAT:
         heat, i = steps.heat[angle], lane
         while i < size:
@@ -190,45 +222,19 @@ def finish_kernel(out, factor, bias, limit, n, flags):
     column = int32(cuda.blockIdx.y * THREADS + cuda.threadIdx.x)
     if column < n:
         at = int64(cuda.blockIdx.x) * n + column
-        value = out[at]
-        if flags & _FACTOR:
-            value = float32(value * factor[column])
-        if flags & _BIAS:
-            value = float32(value + bias[column])
-        if flags & _LIMIT:
-            value = ptx.minimum(ptx.maximum(value, -limit[column]), limit[column])
-        out[at] = value
+        out[at] = _finished(out[at], column, factor, bias, limit, flags)
 
 
-@kernel("f32* i32 i32 i32 f32* f32* f32 i32")
-def norm_kernel(x, first, columns, size, weight, bias, epsilon, flags):
+@kernel("f32* i32 i32 i32 f32* f32* f32 i32 i32")
+def norm_kernel(x, first, columns, size, weight, shift, epsilon, layer, flags):
     """A block for a piece, grid (tokens, groups), any number of warps."""
     partial = cuda.shared.array(64, float32)
-    thread, threads, group = int32(cuda.threadIdx.x), int32(cuda.blockDim.x), int64(cuda.blockIdx.y)
-    row, mean = int64(cuda.blockIdx.x) * columns + first + group * size, float32(0)
-    if flags & _LAYER:
-        total = float32(0)
-        i = thread
-        while i < size:
-            total = float32(total + x[row + i])
-            i = int32(i + threads)
-        mean = float32(sum_of_block(total, partial) / float32(size))
-    total = float32(0)
-    i = thread
-    while i < size:
-        value = float32(x[row + i] - mean)
-        total = float32(total + value * value)
-        i = int32(i + threads)
-    factor = ptx.rsqrt(float32(sum_of_block(total, partial[32:]) / float32(size) + epsilon))
-    i = thread
-    while i < size:
-        value = float32((x[row + i] - mean) * factor)
-        if flags & _FACTOR:
-            value = float32(value * weight[group * size + i])
-        if flags & _BIAS:
-            value = float32(value + bias[group * size + i])
-        x[row + i] = value
-        i = int32(i + threads)
+    at = int64(cuda.blockIdx.y) * size
+    row = int64(cuda.blockIdx.x) * columns + first + at
+    _normalize_by_block(
+        x, row, size, at, int32(cuda.threadIdx.x), int32(cuda.blockDim.x), layer != 0, epsilon, weight, shift, flags,
+        (partial, partial[32:]),
+    )  # fmt: skip
 
 
 @kernel("f32* i32 i32 i32 f32* i64*")

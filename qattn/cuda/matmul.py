@@ -91,7 +91,6 @@ def product(layout: Layout, exact: bool) -> Callable[..., None]:
 
 # Types of what all kernels take: `Packed` with its sizes, `Activations`, and the result's.
 _SIGNATURE = "u8* u16* i8* u16* i8* u8* i32* i32 i32 i32 u8* f32* i32* f32* u8* i32 f32* i32 i32"
-Array = Any  # of CuPy
 
 
 def _key(layout: Layout) -> str:
@@ -208,12 +207,14 @@ def decode_kernel(layout: Layout, tokens: int, shares: bool = False) -> Kernel:
 
 def decode(layout: Layout, packed: Any, a: Activations, out: Any, heads: int = 1) -> None:
     """Multiply a few tokens: weights are read once for each `DECODE` of them."""
+    import cupy
+
     tiles, cells = packed.codes.shape[:2]
     tokens, pairs = len(out), -(-tiles // heads // 2)
     size = next((size for size in DECODE_SIZES if tokens <= size), DECODE)
     warps = min(cells, decode_warps(layout, pairs * heads))
     parts = decode_parts(cells, pairs * heads, warps)
-    totals = _empty((parts, tokens, packed.rows)) if parts > 1 else None
+    totals = cupy.empty((parts, tokens, packed.rows), "float32") if parts > 1 else None
     decode_kernel(layout, size, parts > 1)(
         *_arguments(packed, a, out, heads), totals, parts,
         grid=(pairs * parts, -(-tokens // size), heads), block=32 * warps, shared=4 * 32 * size * warps,
@@ -251,12 +252,6 @@ def add_parts(totals, targets, parts, tokens, rows, out, width):
             total = float32(total + totals[(int64(part) * tokens + token) * rows + row])
             part = int32(part + 1)
         out[token * width + targets[row]] = total
-
-
-def _empty(shape: tuple[int, ...]) -> Array:
-    import cupy
-
-    return cupy.empty(shape, "float32")
 
 
 DECODE_SIZES = (1, BLOCK, DECODE)  # tokens that a kernel is made for

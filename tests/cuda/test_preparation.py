@@ -128,19 +128,21 @@ def test_a_fused_step_prepares_with_the_bits_of_two(cupy, kind, step, after_rope
     ("features", "passes"),
     [
         ({}, 0), ({"norm_after_rope": True, "temperature": Temperature(4, 0.2)}, 0), ({"whole row": True}, 3),
-        ({"gate": Gate("sigmoid")}, 4),
+        ({"gate": Gate("sigmoid")}, 1), ({"gate": Gate("sigmoid"), "bias of the gate": True}, 4),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_layers_heads_need_no_pass_of_their_own(cupy, features, passes):
-    """But where a norm spans all heads, or rows with a gate have to be finished."""
+    """But where a norm spans all heads, or a gate has to be finished; a gate has a kernel."""
     norm, x, features = Norm("rms", 1e-5), normal((5, HIDDEN)), dict(features)
-    whole_row = features.pop("whole row", False)
+    whole_row, gate_bias = features.pop("whole row", False), features.pop("bias of the gate", False)
     config, tensors = plain(clamp_qkv=1.0, q_norm=norm, k_norm=norm, **features)
     tensors |= {"attn_q_norm.weight": normal(32 if whole_row else 8, 7), "attn_k_norm.weight": normal(8, 8)}
     tensors |= {f"attn_{name}.bias": normal(rows, rows) for name, rows in (("q", 32), ("k", 16), ("v", 16))}
     if "gate" in features:
         tensors["attn_gate.weight"] = normal((4, HIDDEN), 9)
+    if gate_bias:
+        tensors["attn_gate.bias"] = normal(4, 10)
     attn = loaded(config, tensors, devices=["cuda:0"])
     with mock.patch.object(Kernel, "__call__", autospec=True, side_effect=Kernel.__call__) as launches:
         got = attn(cupy.asarray(x)).get()
