@@ -8,13 +8,14 @@ import numpy as np
 
 from qattn import _check, devices, ops
 from qattn._backend import as_host
+from qattn._changes import Watched
 from qattn.array import QuantArray
 from qattn.packing import PackedMatrix
 
 Array = np.ndarray[Any, Any]
 
 
-class Linear:
+class Linear(Watched):
     """y = x @ weights.T + bias.
 
     Parameters

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qattn
-from qattn import CacheError, GGUFError
+from qattn import CacheError, GGUFError, introspect, masks
 from qattn.cpu.kernel import Kernel, Program
+from qattn.linear import Linear
 from qattn.models import Decoder, ModelConfig, architectures
 from qattn.models.config import unsupported
 from tests import reference_decoder, tiny_model
@@ -100,18 +101,46 @@ def test_a_recorded_step_notices_what_is_replaced(decoder):
     decoder.reset()
     decoder.forward(TOKENS)
     plain = decoder.forward([7])[0]
-    recorded, attention = decoder._step, decoder.layers[0].attention
-    attention.remark = "no part of the step"
-    decoder.truncate(len(TOKENS))
-    assert np.array_equal(decoder.forward([7])[0], plain) and decoder._step is recorded
-    attention.head_scale = np.zeros(attention.num_attention_heads)
-    decoder.truncate(len(TOKENS))
-    assert not np.allclose(decoder.forward([7])[0], plain) and decoder._step is not recorded
-    attention.head_scale = None
+    recorded, layer = decoder._step, decoder.layers[0]
+
+    def again():
+        decoder.truncate(len(TOKENS))
+        return decoder.forward([7])[0]
+
+    layer.down = layer.down  # nothing changes
+    assert np.array_equal(again(), plain) and decoder._step is recorded
+    changes = [
+        (layer.attention, "head_scale", np.zeros(layer.attention.num_attention_heads)),
+        (layer.attention, "mask", masks.SlidingWindow(1)),
+        (layer, "attention_norm", 2 * layer.attention_norm),
+        (layer, "down", Linear(np.ones(layer.down.shape, np.float32))),
+        (layer.gate_up, "bias", np.ones(layer.gate_up.shape[0], np.float32)),
+        (layer.attention.o_proj, "bias", np.ones(layer.attention.o_proj.shape[0], np.float32)),
+    ]
+    for owner, name, value in changes:
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        assert not np.allclose(again(), plain), name
+        setattr(owner, name, before)
+        assert np.array_equal(again(), plain), name
     decoder.layers.reverse()
-    decoder.truncate(len(TOKENS))
-    assert not np.array_equal(decoder.forward([7])[0], plain)
+    assert not np.array_equal(again(), plain)
     decoder.layers.reverse()
+    assert np.array_equal(again(), plain)
+
+
+def test_a_recorded_step_gives_way_to_a_probe(decoder):
+    decoder.reset()
+    decoder.forward(TOKENS)
+    plain = decoder.forward([7])[0]
+    decoder.truncate(len(TOKENS))
+    with introspect.probed(decoder, {"weights"}) as record:
+        assert np.array_equal(decoder.forward([7])[0], plain)
+        record.take()
+        decoder.forward([8])
+        record.take()
+    weights = record.joined()[0]["weights"]
+    assert weights.shape[1:] == (2, len(TOKENS) + 2) and np.allclose(weights.sum(axis=-1), 1, atol=1e-5)
     decoder.truncate(len(TOKENS))
     assert np.array_equal(decoder.forward([7])[0], plain)
 

@@ -375,7 +375,7 @@ class _Step:
         decoder._reserve(length + 1)
         self._seen, self._parts = self._changes(decoder), self._parts_of(decoder)
         self._positions = min(layer.attention.kv_cache.capacity for layer in decoder.layers)
-        self._recordable = all(type(layer.attention.o_proj) is Linear for layer in decoder.layers)
+        self._recordable = all(map(_is_recordable, decoder.layers))
         self._warm = False
 
     def run(self, decoder: Decoder, ids: Array, length: int) -> None:
@@ -419,8 +419,19 @@ class _Step:
         """What a recording depends on and somebody may replace."""
         parts: list[Any] = [get_num_threads()]
         for layer in decoder.layers:
-            attention = layer.attention
-            parts += attention.wqkv, attention.o_proj, attention.head_scale
-            view = attention.kv_cache.view()
-            parts += view.keys, view.pages
+            for owner in (layer, layer.attention, *_linears(layer)):
+                parts += vars(owner).values()
+            cache = layer.attention.kv_cache
+            view = cache.view()
+            parts += view.keys, view.pages, cache.cascade
         return parts
+
+
+def _linears(layer: Layer) -> list[Linear]:
+    found = layer.attention.o_proj, layer.gate_up, layer.down
+    return [linear for linear in found if type(linear) is Linear]
+
+
+def _is_recordable(layer: Layer) -> bool:
+    """Whether nothing but kernels computes: no layer of the user's own, and nobody who wants to see what is between."""
+    return len(_linears(layer)) == 3 and layer.attention.probe is None
