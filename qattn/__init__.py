@@ -23,7 +23,6 @@ from qattn.gguf_file import open as open
 from qattn.kv_cache import KVCache as KVCache
 from qattn.kv_cache import KVCacheParams as KVCacheParams
 from qattn.kv_cache import PagedKVCache as PagedKVCache
-from qattn.kv_cache import cascade as cascade
 from qattn.kv_cache import merge_states as merge_states
 from qattn.linear import Linear as Linear
 from qattn.masks import MHAMaskVariant as MHAMaskVariant

@@ -26,6 +26,12 @@ def device_of(x: Any) -> str:
     return f"cuda:{x.device.id}" if is_cupy(x) else "cpu"
 
 
+def check_device(name: str, x: Any, others: str, device: str) -> None:
+    """Raise DeviceError unless an array is where `others` are."""
+    if device_of(x) != device:
+        raise DeviceError(f"{name} is on {device_of(x)}, {others} on {device}; both must be on the same")
+
+
 def namespace(x: Any) -> Any:
     """The library that owns an array: NumPy or CuPy."""
     return sys.modules["cupy"] if is_cupy(x) else np
@@ -58,7 +64,7 @@ def is_aligned(x: Any) -> bool:
     return not is_cupy(x) or x.__cuda_array_interface__["data"][0] % 16 == 0
 
 
-def as_float32(x: Any) -> Any:
+def as_float32(x: Any, name: str = "x") -> Any:
     """An array as C-contiguous float32, and aligned as kernels need it: copied if it isn't.
 
     Raises
@@ -67,7 +73,7 @@ def as_float32(x: Any) -> Any:
         It holds complex numbers, or no numbers at all.
     """
     if not _check.is_real(x):
-        raise ValueError(f"an array has dtype {x.dtype}; expected floats")
+        raise ValueError(f"{name} has dtype {x.dtype}; expected floats")
     xp = namespace(x)
     values = xp.ascontiguousarray(x, np.float32)
     return values if is_aligned(values) else values.copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -10,12 +11,25 @@ from pathlib import Path
 import numba
 from numba.misc.appdirs import AppDirs
 
+_PACKAGE = Path(__file__).parent
+COMPILED_IN = (
+    "_meaning.py", "batch.py", "cache_types.py", "layout.py", "logits.py", "preparation.py",
+    "formats/*.py", "masks/*.py", "rope/*.py",
+)  # fmt: skip
 
-def directory(name: str) -> str | None:
-    """A directory of that name in the first of three places that this user alone can write, or None.
 
-    ``NUMBA_CACHE_DIR``, then the user's cache directory, then a private folder among the temporary files.
+def directory(folder: str, *made_by: object) -> str | None:
+    """Where machine code of the package's `folder` is kept, or None.
+
+    It depends on what the code is `made_by`, and on the sources of the folder and of all that becomes part of kernels.
+    It is in the first of three places that this user alone can write: ``NUMBA_CACHE_DIR``, then the user's cache
+    directory, then a private folder among the temporary files.
     """
+    digest = hashlib.sha256(repr(made_by).encode())
+    for pattern in (f"{folder}/*.py", *COMPILED_IN):
+        for source in sorted(_PACKAGE.glob(pattern)):
+            digest.update(source.read_bytes())
+    name = f"{folder}-{digest.hexdigest()[:16]}"
     user = os.getuid() if hasattr(os, "getuid") else "user"
     roots = [
         numba.config.CACHE_DIR,

@@ -233,7 +233,7 @@ class AttentionWithRope(Watched):
         if factors is None:
             self._head_factor = self._head_scale = None
             return
-        c, factors = self.config, np.array(as_float32(as_host(factors, "head_scale")))
+        c, factors = self.config, np.array(as_float32(as_host(factors, "head_scale"), "head_scale"))
         _check.shape("head_scale", factors, (c.num_attention_heads,))
         _check.finite("head_scale", factors)
         factors.flags.writeable = False

@@ -123,17 +123,15 @@ def _side_by_side(norms: list[tuple[HeadNorm, int]], columns: int, name: str, de
 
 def logits_of(c: AttentionConfig, state: State, device: str) -> Logits:
     """What a layer does to its scores."""
-    arrays = {
-        "slopes": alibi_slopes(c.num_attention_heads, c.alibi) if c.alibi else None,
-        "sinks": state.vector("sinks.weight") if c.sinks else None,
-        "distances": relative_biases(state.vector("buckets.weight"), c.distances == "two-sided")
-        if c.distances
-        else None,
-    }
-    for name, values in arrays.items():
-        if values is not None and len(values) != c.num_attention_heads:
-            raise ValueError(f"{name} are for {len(values)} heads; the layer has {c.num_attention_heads}")
-    there = {name: devices.asarray(values, device) for name, values in arrays.items() if values is not None}
+    heads, arrays = c.num_attention_heads, {}
+    if c.alibi:
+        arrays["slopes"] = alibi_slopes(heads, c.alibi)
+    if c.sinks:
+        arrays["sinks"] = state.numbers("sinks.weight", (heads,))
+    if c.distances:
+        buckets = state.numbers("buckets.weight", ("buckets", heads))
+        arrays["distances"] = relative_biases(buckets, c.distances == "two-sided")
+    there = {name: devices.asarray(values, device) for name, values in arrays.items()}
     return Logits(c.scale, c.softcap, **there)
 
 

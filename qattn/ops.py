@@ -10,11 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from qattn import _check, array, backends, devices, formats
-from qattn._backend import as_array, as_float32, as_host, device_of, is_aligned, namespace
+from qattn._backend import as_array, as_float32, as_host, check_device, device_of, is_aligned, namespace
 from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.batch import check_row_offsets as check_row_offsets
-from qattn.errors import DeviceError
 from qattn.kv_cache import SequenceCache
 from qattn.packing import PackedMatrix
 from qattn.rope import RotaryEmbedding, Rotation
@@ -91,7 +90,7 @@ def affine(
     """clamp(x @ matrix.T · factor + bias, -limit, limit), as in `matmul`; the latter three (rows,) float32."""
     _check.choice("precision", precision, PRECISIONS)
     x = as_array(x, "x")
-    same_device(x, matrix.device, "the weights are")
+    check_device("x", x, "the weights are", matrix.device)
     rows, columns = matrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {x.shape}; weights {matrix.shape} need (..., {columns})")
@@ -211,12 +210,6 @@ def store(
     with cache.appending(lengths, offsets):
         backends.of(kv).rotate_and_store(kv, rotation, batch, cache, no_queries)
     cache.note(lengths)
-
-
-def same_device(x: Any, device: str, what: str) -> None:
-    """Raise DeviceError unless x is on a device."""
-    if device_of(x) != device:
-        raise DeviceError(f"x is on {device_of(x)}, and {what} on {device}; move one of them: .to({device_of(x)!r})")
 
 
 def without(x: Any, out: Any, xp: Any) -> Any:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from qattn import _check, backends, devices, masks
-from qattn._backend import as_array, as_float32, as_host, device_of, namespace
+from qattn._backend import as_array, as_float32, as_host, check_device, device_of, namespace
 from qattn.batch import Batch
 from qattn.kv_cache import KVCache, KVCacheParams, SequenceCache, cascading
 from qattn.logits import Logits
 from qattn.masks import Mask
-from qattn.ops import PRECISIONS, Precision, check_row_offsets, output, same_device, store
+from qattn.ops import PRECISIONS, Precision, check_row_offsets, output, store
 
 Array = np.ndarray[Any, Any]
 
@@ -126,8 +126,8 @@ def attention(
 def _cached(q: Array, k: Any, v: Any, row_offsets: Any, key_offsets: Any) -> tuple[SequenceCache, Array]:
     """A cache of given keys and values, and whose tokens q has."""
     k, v = as_array(k, "k"), as_array(v, "v")
-    for other, name in ((k, "k is"), (v, "v is")):
-        same_device(q, device_of(other), name)
+    for other, name in ((k, "k"), (v, "v")):
+        check_device(name, other, "q is", device_of(q))
     _check.shape("k", k, ("keys", "kv_heads", q.shape[2]))
     _check.shape("v", v, (*k.shape[:2], "value_dim"))
     for array, name in ((q, "q"), (k, "k"), (v, "v")):
@@ -146,7 +146,7 @@ def _cached(q: Array, k: Any, v: Any, row_offsets: Any, key_offsets: Any) -> tup
     kv = namespace(q).concatenate(
         [k.reshape(keys, kv_heads * q.shape[2]), v.reshape(keys, kv_heads * value_dim)], axis=1
     )
-    store(as_float32(kv), cache, columns)
+    store(as_float32(kv, "k or v"), cache, columns)
     return cache, rows
 
 
@@ -213,7 +213,7 @@ def score_bias(name: str, array: Any, shape: tuple[int, int, int], device: str) 
     """A mask or bias that is an array, as what is added to scores: (tokens, heads or 1, keys) float32."""
     tokens, _, keys = shape
     array = as_array(array, name)
-    same_device(array, device, f"{name} belongs to arrays that are")
+    check_device(name, array, "the queries are", device)
     if array.shape not in ((tokens, keys), shape):
         raise ValueError(f"{name} has shape {array.shape}; expected ({tokens}, {keys}) or {shape}")
     xp, array = namespace(array), array if array.ndim == 3 else array[:, None]

@@ -81,6 +81,13 @@ class State:
         """A float32 array of any shape: a norm's weight, a bias."""
         return np.array(as_numpy(self._take(name, why), name), np.float32)
 
+    def numbers(self, name: str, shape: tuple[int | str, ...]) -> Array:
+        """A float32 array of finite numbers: what is added to scores, where a NaN would not be seen in the result."""
+        values = self.vector(name)
+        _check.shape(name, values, shape)
+        _check.finite(name, values)
+        return values
+
     def factor(self, name: str) -> float:
         """The number ``name.scale``, by which products of the weights are multiplied; 1 if there is none.
 

@@ -234,9 +234,14 @@ def test_a_far_position_of_a_layer_with_a_temperature_takes_no_table(rope):
 
 def test_mistakes_are_named():
     config, tensors = plain(sinks=True)
-    tensors["attn_sinks.weight"] = normal(3)
-    with pytest.raises(ValueError, match="sinks are for 3 heads; the layer has 4"):
-        loaded(config, tensors)
+    for sinks, message in (
+        (normal(3), r"sinks.weight has shape \(3,\); expected \(4,\)"),
+        (normal((4, 2)), r"sinks.weight has shape \(4, 2\); expected \(4,\)"),
+        (np.array([0, 1, np.nan, 2], np.float32), r"sinks.weight\[2\] is nan; attention needs finite numbers"),
+    ):
+        tensors["attn_sinks.weight"] = sinks
+        with pytest.raises(ValueError, match=message):
+            loaded(config, tensors)
     config, tensors = plain(q_norm=Norm("rms", 1e-5))
     tensors["attn_q_norm.weight"] = normal(5)
     with pytest.raises(ValueError, match=r"q_norm.weight has shape \(5,\); expected \(8,\), \(32,\), \(4, 8\) or"):

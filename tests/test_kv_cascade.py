@@ -15,7 +15,6 @@ from qattn import (
     MHAMaskVariant,
     PagedKVCache,
     attention,
-    cascade,
     merge_states,
 )
 from qattn.kv_cache.cascading import groups
@@ -50,7 +49,7 @@ def test_merging_needs_shapes_that_fit():
 
 def family(dtype="float32", hadamard=False):
     """A cache whose sequences share 3, 3, 0, 5, 5 and 1 pages with others, and the keys and values of each."""
-    cache = PagedKVCache(KVCacheParams(2, 16, 8, dtype=dtype, hadamard=hadamard), 6, pages=40)
+    cache = PagedKVCache(KVCacheParams(2, 16, 8, dtype=dtype, hadamard=hadamard), 6, pages=40, cascade=True)
 
     def more(sequence, tokens, seed):
         kv = normal((tokens, 2, 24), seed)
@@ -81,7 +80,7 @@ def test_a_cascade_is_attention(counts, group, softcap, with_sinks, types):
     q, offsets = normal((sum(counts), 2 * group, 16), 5), np.cumsum([0, *counts])
     sinks = normal((2 * group,), 6) if with_sinks else None
     before = q.copy()
-    out, lse = cascade(q, cache, offsets, softcap=softcap, sinks=sinks, return_lse=True)
+    out, lse = attention(q, cache, row_offsets=offsets, softcap=softcap, sinks=sinks, return_lse=True)
     assert np.array_equal(q, before)
     for s, (k, v) in enumerate(pairs):
         rows = slice(offsets[s], offsets[s + 1])
@@ -102,7 +101,7 @@ def test_what_is_shared_is_read_once(monkeypatch):
         return attend(q, part, *args, **kwargs)
 
     monkeypatch.setattr(backends.get("cpu"), "attend", spy)
-    cascade(normal((6, 2, 16)), cache, np.arange(7))
+    attention(normal((6, 2, 16)), cache, row_offsets=np.arange(7))
     # three pages for sequences 0, 1, 3 and 4, since that saves the most; for each what is left
     assert read == [[384], [46, 47, 332, 309, 310, 163]]
 
@@ -132,45 +131,33 @@ def test_a_contiguous_cache_shares_nothing_and_works():
     cache, q = KVCache(KVCacheParams(2, 16, dtype="float32")), normal((3, 4, 16))
     k, v = normal((40, 2, 16), 1), normal((40, 2, 16), 2)
     cache.append(k, v)
-    assert np.array_equal(cascade(q, cache), attention(q, k, v))
-    assert np.array_equal(cascade(q, cache, scale=0.1, precision="int8"), attention(q, k, v, scale=0.1))
+    cache.cascade = True
+    assert np.array_equal(attention(q, cache), attention(q, k, v))
 
 
 def test_wrong_arguments_are_named():
     cache, q = family()[0], normal((6, 2, 16))
-    for arguments, error, message in (
-        ((q, cache), ValueError, "the cache has 6 sequences; row_offsets must say which tokens are whose"),
-        ((q, cache, [0, 6]), ValueError, r"row_offsets has shape \(2,\); expected \(7,\)"),
-        ((q, cache, [0, 1, 2, 3, 2, 5, 6]), ValueError, "expected to rise from 0 to 6, the tokens of q"),
-        ((q[..., :8], cache, np.arange(7)), ValueError, r"q has shape \(6, 2, 8\); expected \(tokens, heads, 16\)"),
-        ((q[:, :1], cache, np.arange(7)), ValueError, "q has 1 heads, the cache 2; expected a multiple"),
-        ((normal((999, 2, 16)), cache, [0, *[999] * 6]), ValueError, "q has 999 tokens of sequence 0, which has 430"),
+    for arguments, row_offsets, message in (
+        ((q, cache), None, "the cache has 6 sequences; row_offsets must say which tokens are whose"),
+        ((q, cache), [0, 6], r"row_offsets has shape \(2,\); expected \(7,\)"),
+        ((q, cache), [0, 1, 2, 3, 2, 5, 6], "expected to rise from 0 to 6, the tokens of q"),
+        ((q[..., :8], cache), np.arange(7), r"q has shape \(6, 2, 8\); expected \(tokens, heads, 16\)"),
+        ((q[:, :1], cache), np.arange(7), "q has 1 heads, the cache 2; expected a multiple"),
+        ((normal((999, 2, 16)), cache), [0, *[999] * 6], "q has 999 tokens of sequence 0, k has 430"),
     ):
-        with pytest.raises(error, match=message):
-            cascade(*arguments)
-    with pytest.raises(ValueError, match="precision is 'fp4'; expected one of 'exact', 'int8'"):
-        cascade(q, cache, np.arange(7), precision="fp4")
-    with pytest.raises(ValueError, match=r"sinks has shape \(3,\); expected \(2,\)"):
-        cascade(q, cache, np.arange(7), sinks=[1.0, 2.0, 3.0])
-    window = PagedKVCache(KVCacheParams(2, 16, dtype="float32"), pages=8, window=50)
+        with pytest.raises(ValueError, match=message):
+            attention(*arguments, row_offsets=row_offsets)
+    window = PagedKVCache(KVCacheParams(2, 16, dtype="float32"), pages=8, window=50, cascade=True)
     for seed in range(2):
         window.append(normal((300, 2, 16), seed), normal((300, 2, 16), seed))
     with pytest.raises(CacheError, match=r"by the mask Causal\(\), new tokens of sequence 0 see token 0"):
-        cascade(q, window, [0, 6])
-
-
-def test_attention_over_a_cache_that_cascades_is_a_cascade():
-    cache = PagedKVCache(KVCacheParams(2, 16), 2, pages=8, cascade=True)
-    cache.append(normal((300, 2, 16)), normal((300, 2, 16), 1))
-    cache.fork(0, 1)
-    q = normal((3, 4, 16), 2)
-    assert np.array_equal(attention(q, cache, row_offsets=[0, 1, 3]), cascade(q, cache, [0, 1, 3]))
+        attention(q, window)
 
 
 def test_q_must_be_where_the_cache_is(cupy):
     cache, q = family()[0], cupy.asarray(normal((6, 2, 16)))
-    with pytest.raises(DeviceError, match="q is on cuda:0, the cache on cpu; both must be on the same"):
-        cascade(q, cache, np.arange(7))
+    with pytest.raises(DeviceError, match="q is on cuda:0, the cache is on cpu; both must be on the same"):
+        attention(q, cache, row_offsets=np.arange(7))
 
 
 def test_a_layer_may_cascade():

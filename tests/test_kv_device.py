@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qattn import CacheError, KVCache, KVCacheParams, PagedKVCache, cache_types, cascade
+from qattn import CacheError, KVCache, KVCacheParams, PagedKVCache, attention, cache_types
 from qattn.cuda import attention as cuda_attention
 from qattn.kv_cache import sequences
 from tests.reference import nmse
@@ -111,12 +111,12 @@ def test_a_cascade(cupy):
     q, pair = normal((4, 4, 8)), (normal((260, 2, 8), 1), normal((260, 2, 8), 2))
     outs = []
     for device in ("cpu", "cuda:0"):
-        cache = PagedKVCache(PARAMS, 3, pages=8, device=device)
+        cache = PagedKVCache(PARAMS, 3, pages=8, cascade=True, device=device)
         cache.append(*pair)
         cache.fork(0, 1)
         cache.fork(0, 2)
         cache.append(*(each[:3] for each in pair), 1)
-        outs.append(cascade(cupy.asarray(q) if device != "cpu" else q, cache, [0, 1, 3, 4]))
+        outs.append(attention(cupy.asarray(q) if device != "cpu" else q, cache, row_offsets=[0, 1, 3, 4]))
     assert nmse(outs[1], outs[0]) < 1e-10
 
 

@@ -2,7 +2,7 @@
 
 Numba's own on-disk cache looks at the source file of one function.  Our kernels are generated: their code depends
 on the intrinsics, on the generator and on the parameters given to it.  So the cache here is a directory named by a
-hash over every kernel source and the CPU's features, and a file in it is named by the kernel and its parameters.
+hash over every kernel's source and the CPU's features, and a file in it is named by the kernel and its parameters.
 
 Kernels are made of *parts*, functions that only other functions of kernels call.  Numba would optimize each on its own,
 make machine code of it, and do all of that again in what calls it.  Parts are optimized there alone.
@@ -11,11 +11,9 @@ make machine code of it, and do all of that again in what calls it.  Parts are o
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -28,22 +26,16 @@ from numba.core.compiler_lock import global_compiler_lock
 from qattn import _cache
 from qattn.cpu.target import TARGET
 
-_PACKAGE = Path(__file__).parent.parent
 compiling = global_compiler_lock
 """Held while something is compiled."""
 if hasattr(os, "register_at_fork"):  # a child has no use for a lock that another thread held
     os.register_at_fork(before=compiling.acquire, after_in_parent=compiling.release, after_in_child=compiling.release)
-_KERNEL_SOURCES = ("cache_types.py", "cpu/*.py", "formats/*.py", "masks/*.py")
 
 
 @functools.cache
 def cache_directory() -> str | None:
-    """Where machine code is kept, or None: it depends on all kernels' sources, on what compiles them, and the CPU."""
-    digest = hashlib.sha256(repr((numba.__version__, version("llvmlite"), TARGET)).encode())
-    for pattern in _KERNEL_SOURCES:
-        for source in sorted(_PACKAGE.glob(pattern)):
-            digest.update(source.read_bytes())
-    return _cache.directory(f"kernels-{digest.hexdigest()[:16]}")
+    """Where machine code is kept, or None."""
+    return _cache.directory("cpu", numba.__version__, version("llvmlite"), TARGET)
 
 
 def compiled(key: str = "", kept: bool = True, **options: Any) -> Callable[[Callable[..., Any]], Any]:

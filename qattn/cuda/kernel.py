@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import re
 import threading
@@ -46,7 +45,6 @@ from numba.cuda import dispatcher
 from qattn import _cache
 from qattn.devices import CAPABILITY
 
-_SOURCES = ("cuda/*.py", "formats/*.py", "masks/*.py", "cache_types.py", "layout.py")
 _TYPES = {
     "u8": types.uint8,
     "i8": types.int8,
@@ -197,10 +195,6 @@ def _tidied(ptx: str, name: str) -> str:
 
 @functools.cache
 def _ptx_directory() -> str:
-    """Where PTX is kept: it depends on all kernels' sources, and on what compiles them."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256(repr((version("numba-cuda"), version("nvidia-nvvm"), CAPABILITY)).encode())
-    for pattern in _SOURCES:
-        for source in sorted(package.glob(pattern)):
-            digest.update(source.read_bytes())
-    return _cache.directory(f"ptx-{digest.hexdigest()[:16]}") or _cache.temporary()
+    """Where PTX is kept."""
+    made_by = version("numba-cuda"), version("nvidia-nvvm"), CAPABILITY
+    return _cache.directory("cuda", *made_by) or _cache.temporary()

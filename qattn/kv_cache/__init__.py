@@ -1,6 +1,5 @@
 """Where keys and values of earlier tokens are kept."""
 
-from qattn.kv_cache.cascading import cascade as cascade
 from qattn.kv_cache.cascading import merge_states as merge_states
 from qattn.kv_cache.contiguous import KVCache as KVCache
 from qattn.kv_cache.paged import PagedKVCache as PagedKVCache

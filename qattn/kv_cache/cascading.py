@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qattn import _check, backends, devices
-from qattn._backend import as_array, as_float32, device_of, is_cupy, namespace
+from qattn._backend import as_array, check_device, is_cupy, namespace
 from qattn.batch import check_row_offsets
-from qattn.errors import DeviceError
 from qattn.kv_cache.base import Array
 from qattn.kv_cache.paged_memory import PagedMemory
 from qattn.kv_cache.sequences import SequenceCache
@@ -63,77 +62,6 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, A
     return out_a * (a / total)[..., None] + out_b * (b / total)[..., None], lse
 
 
-def cascade(
-    q: Any,
-    cache: SequenceCache,
-    row_offsets: Any = None,
-    *,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Any = None,
-    precision: str = "exact",
-    return_lse: bool = False,
-) -> Any:
-    """Causal attention of the last tokens of each sequence in a cache, where shared pages are read once.
-
-    Parameters
-    ----------
-    q : (tokens, heads, head_dim) floats
-        Rotated queries of tokens whose keys and values are in the cache.
-    cache : PagedKVCache
-        Sequences share pages by `fork` or `begin`.  Nothing is shared in a `KVCache`, which works as well.
-    row_offsets : (sequences + 1,) integers, optional
-        Sequence s has tokens row_offsets[s] to row_offsets[s + 1] - 1; not needed for a cache of one sequence.
-    scale, softcap, sinks
-        As of `qattn.attention`.
-    precision : "exact" or "int8"
-        What the products are computed in, as of a layer.
-    return_lse : bool
-        Return also the logarithm of each sum of exponentials, (tokens, heads).
-
-    Returns
-    -------
-    (tokens, heads, value_dim) float32
-        That of all keys at once, but for rounding.
-
-    Raises
-    ------
-    ValueError
-        For shapes that don't fit together.
-    DeviceError
-        If the cache is elsewhere than q.
-    CacheError
-        If a window of the cache has left tokens behind.
-
-    Examples
-    --------
-    >>> cache = PagedKVCache(KVCacheParams(n_kv_heads=1, head_dim=4), sequences=2, pages=8)
-    >>> cache.append(np.ones((300, 1, 4)), np.ones((300, 1, 4)))
-    >>> cache.fork(0, 1)
-    >>> cascade(np.ones((2, 3, 4)), cache, [0, 1, 2]).shape
-    (2, 3, 4)
-    """
-    _check.choice("precision", precision, ("exact", "int8"))
-    q, p = as_array(q, "q"), cache.params
-    offsets = check_queries(q, cache, row_offsets)
-    new = np.diff(offsets)
-    if (new > cache.lengths).any():
-        s = int((new - cache.lengths).argmax())
-        raise ValueError(f"q has {new[s]} tokens of sequence {s}, which has {cache.lengths[s]} in the cache")
-    cache.check_mask(Causal(), cache.lengths, offsets)
-    with devices.current(cache.device):
-        if sinks is not None:
-            sinks = as_float32(namespace(q).asarray(sinks))
-            _check.shape("sinks", sinks, (q.shape[1],))
-        logits = Logits(p.head_dim**-0.5 if scale is None else scale, softcap, sinks=sinks)
-        out = namespace(q).empty((*q.shape[:2], p.values), np.float32)
-        if not len(q):
-            return (out, namespace(q).empty(q.shape[:2], np.float32)) if return_lse else out
-        queries = namespace(q).array(q, np.float32)  # a copy, since back ends may use it as they like
-        _, lse = attend(queries, cache, offsets, Causal(), logits, exact=precision == "exact", out=out)
-    return (out, lse) if return_lse else out
-
-
 def check_queries(q: Array, cache: SequenceCache, row_offsets: Any) -> Array:
     """Check queries of a cache's last tokens → their row offsets, on the host.
 
@@ -142,8 +70,7 @@ def check_queries(q: Array, cache: SequenceCache, row_offsets: Any) -> Array:
     DeviceError, ValueError
         They are elsewhere, or don't fit.
     """
-    if device_of(q) != cache.device:
-        raise DeviceError(f"q is on {device_of(q)}, the cache on {cache.device}; both must be on the same")
+    check_device("q", q, "the cache is", cache.device)
     _check.shape("q", q, ("tokens", "heads", cache.params.head_dim))
     if not q.shape[1] or q.shape[1] % cache.params.n_kv_heads:
         raise ValueError(f"q has {q.shape[1]} heads, the cache {cache.params.n_kv_heads}; expected a multiple")

@@ -120,16 +120,14 @@ def test_stacks_of_formats_are_packed_and_moved(cupy):
 
 def test_what_is_elsewhere_is_said(cupy):
     w, x = random_weights("Q4_0", 20, 64), normal((3, 64))
-    with pytest.raises(
-        DeviceError, match=r"x is on cuda:0, and the weights are on cpu; move one of them: .to\('cuda:0'\)"
-    ):
+    with pytest.raises(DeviceError, match="x is on cuda:0, the weights are on cpu; both must be on the same"):
         qattn.matmul(cupy.asarray(x), w)
-    with pytest.raises(DeviceError, match=r"x is on cpu, and the weights are on cuda:0"):
+    with pytest.raises(DeviceError, match=r"x is on cpu, the weights are on cuda:0"):
         qattn.matmul(x, qattn.PackedMatrix(w).to("cuda:0"))
     with pytest.raises(ValueError, match=r"out is float32 \(3, 20\); expected a C-contiguous float32 array"):
         qattn.matmul(cupy.asarray(x), qattn.PackedMatrix(w).to("cuda:0"), out=np.empty((3, 20), np.float32))
     q, k = normal((3, 2, 16)), normal((5, 1, 16))
-    with pytest.raises(DeviceError, match="x is on cuda:0, and k is on cpu"):
+    with pytest.raises(DeviceError, match="k is on cpu, q is on cuda:0"):
         qattn.attention(cupy.asarray(q), k, k)
 
 
