@@ -23,7 +23,7 @@ from qattn.layer_weights import LayerWeights
 from qattn.layer_weights import take as take_weights
 from qattn.linear import Linear
 from qattn.logits import Logits
-from qattn.masks import Mask, MHAMaskVariant
+from qattn.masks import Mask, MHAMaskVariant, Null
 from qattn.masks import get as get_mask
 from qattn.probe import Probe
 from qattn.projection import heads_of, stores
@@ -266,7 +266,7 @@ class AttentionWithRope(Watched):
         positions : (tokens,) integers, optional
             Of the rotary embedding, of biases by distance, and of masks; by default they follow on those of the
             sequence, from 0.  With the sections of a multi-section embedding (sections, tokens).  Cross attention that
-            rotates needs them, since its cache knows those of another sequence.
+            has any of these needs them, since its cache knows those of another sequence.
         mask : array, str, MHAMaskVariant or mask, optional
             An array (tokens, keys) or (tokens, heads, keys), beside the layer's own mask: booleans say which keys of
             its sequence a token sees, floats are added to the scores.  `keys` are those of the longest sequence, the
@@ -298,14 +298,14 @@ class AttentionWithRope(Watched):
         lengths = cache.lengths + np.diff(offsets) if appends else cache.lengths.copy()
         if self.config.shares_cache_of is not None and (lengths < np.diff(offsets)).any():
             raise CacheError(f"kv_cache has {cache.lengths.tolist()} tokens; the layer it shares must have added x's")
-        if self.config.cross and positions is None and (self.rope or self.config.temperature):
+        chosen = self.mask if mask is None or hasattr(mask, "dtype") else get_mask(mask)
+        if self.config.cross and positions is None and self._goes_by_positions(chosen):
             raise ValueError("positions of x's tokens are needed: the cache tells those of another sequence alone")
-        batch, at, rotation = self._placed(cache, np.maximum(lengths, np.diff(offsets)), offsets, positions)
-        logits, chosen = self._loaded().logits, self.mask if mask is None or hasattr(mask, "dtype") else get_mask(mask)
+        (batch, at, rotation), logits = self._placed(cache, lengths, offsets, positions), self._loaded().logits
         if hasattr(mask, "dtype"):
             shape = (len(x), self.num_attention_heads, int(lengths.max(initial=0)))
             logits = logits._replace(bias=score_bias("mask", mask, shape, self.device))
-        chosen, logits = by_positions(chosen, logits, cache, at, batch, lengths)
+        chosen, logits = by_positions(chosen, logits, cache, at, batch, lengths, others=self.config.cross)
         if appends:
             cache.reserve(lengths)
         with devices.current(self.device), cache.appending(lengths, offsets):
@@ -377,6 +377,10 @@ class AttentionWithRope(Watched):
     def rotation(self, positions: int) -> Rotation:
         """What positions 0 … at least `positions` - 1 do to heads: angles, and temperatures."""
         return rotation_to(positions, self.rope, self._loaded().temperatures, self.device)
+
+    def _goes_by_positions(self, mask: Mask) -> bool:
+        c = self.config
+        return bool(self.rope or c.temperature or c.alibi or c.distances) or not isinstance(mask, Null)
 
     def _placed(
         self, cache: SequenceCache, lengths: Array, offsets: Array, positions: Any

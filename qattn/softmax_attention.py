@@ -113,7 +113,7 @@ def attention(
         slopes, sinks, distances = arrays
         logits = Logits(scale, softcap, slopes, sinks, bias, distances)
         if isinstance(k, SequenceCache):
-            batch = Batch.appended(np.maximum(cache.lengths, np.diff(rows)), rows)
+            batch = Batch.appended(cache.lengths, rows)
             positions = cache.positions_at(batch.slots, batch.places)
             chosen, logits = by_positions(chosen, logits, cache, positions, batch, cache.lengths)
         out = output(out, xp, (tokens, heads, cache.params.values))
@@ -230,30 +230,37 @@ def score_bias(name: str, array: Any, shape: tuple[int, int, int], device: str) 
 
 
 def by_positions(
-    mask: Mask, logits: Logits, cache: SequenceCache, positions: Array, batch: Batch, lengths: Array
+    mask: Mask,
+    logits: Logits,
+    cache: SequenceCache,
+    positions: Array,
+    batch: Batch,
+    lengths: Array,
+    others: bool = False,
 ) -> tuple[Mask, Logits]:
     """A mask and biases by distance for kernels, which know indices alone: as an array if positions are no indices.
 
     positions : (tokens,) or (rows, tokens) int64, of which the largest counts, of a batch on the host
     lengths : (sequences,) int64, the new tokens included
+    others : whether the cache has tokens of other sequences, so that not even what comes before is a matter of indices
 
     Raises
     ------
     CacheError
         If a token sees what the cache's window has left behind.
     """
-    at, first = positions if positions.ndim == 1 else positions.max(axis=0), None
+    at, given, first = positions if positions.ndim == 1 else positions.max(axis=0), mask, None
     if not (cache.indexed and np.array_equal(at, batch.places)):
-        mask, logits, first = _folded(mask, logits, cache, at, batch, lengths)
-    cache.check_mask(mask, lengths, batch.row_offsets, first)
+        mask, logits, first = _folded(mask, logits, cache, at, batch, lengths, others)
+    cache.check_mask(given, lengths, batch.row_offsets, first)
     return mask, logits
 
 
 def _folded(
-    mask: Mask, logits: Logits, cache: SequenceCache, at: Array, batch: Batch, lengths: Array
+    mask: Mask, logits: Logits, cache: SequenceCache, at: Array, batch: Batch, lengths: Array, others: bool
 ) -> tuple[Mask, Logits, Array | None]:
     """What `by_positions` gives for tokens at (tokens,) positions, and the index of the first key that each sees."""
-    masked = not isinstance(mask, (masks.Causal, masks.Null))  # before and behind are a matter of indices
+    masked = not isinstance(mask, masks.Null if others else (masks.Causal, masks.Null))
     if not masked and logits.slopes is None and logits.distances is None:
         return mask, logits, None
     shape = len(at), int(lengths.max(initial=0))
@@ -273,9 +280,9 @@ def _folded(
         bias = bias + logits.distances[:, xp.clip(there, -span, span) + span].transpose(1, 0, 2)
     if masked:  # what is left to the kernel is a window that has it all, so that the rest needs no reading
         bias = xp.where(devices.asarray(seen, cache.device)[:, None], bias, np.float32(-np.inf))
-        first = np.where(seen.any(axis=1), seen.argmax(axis=1), batch.places)
+        first = np.where(seen.any(axis=1), seen.argmax(axis=1), np.maximum(batch.places, 0))
         around = masks.SlidingWindow if mask.bounds(0, 2)[1] <= 1 else masks.SlidingWindowNoncausal
-        mask = around(max(1, 1 + int((batch.places - first).max(initial=0))))
+        mask = masks.Null() if others else around(max(1, 1 + int((batch.places - first).max(initial=0))))
     bias = xp.ascontiguousarray(bias, dtype=np.float32)
     return mask, logits._replace(slopes=None, distances=None, bias=bias), first
 

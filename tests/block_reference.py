@@ -154,8 +154,9 @@ def _attend(c, t, q, k, v):
     if c.sinks:
         sinks = np.broadcast_to(t("attn_sinks.weight")[:, None, None], (heads, tokens, 1))
         scores = np.concatenate([scores, sinks], axis=2)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights = (weights / weights.sum(-1, keepdims=True))[..., :keys]
+    peak = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(peak > -np.inf, peak, 0))
+    weights = (weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300))[..., :keys]  # who sees nothing, gets 0
     return np.einsum("hqk,khe->qhe", weights, np.repeat(v, group, axis=1))
 
 

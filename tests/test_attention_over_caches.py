@@ -63,6 +63,16 @@ def test_distances_are_a_bias():
         assert np.array_equal(attended, buckets[bucket])
 
 
+@pytest.mark.parametrize("first", [0, 10])
+def test_the_last_query_is_aligned_with_the_last_key_also_where_keys_are_few(first):
+    q, k, v, cache = normal((9, 4, 16)), normal((5, 2, 16), 1), normal((5, 2, 16), 2), KVCache(KVCacheParams(2, 16))
+    cache.append(k, v, positions=first + np.arange(5))
+    apart = np.arange(5) - np.arange(-4, 5)[:, None]
+    bias = -qattn.alibi_slopes(4)[:, None] * np.abs(apart)[:, None]
+    want = attention(q, *cache.read(), mask="null", bias=bias)
+    assert nmse(attention(q, cache, mask="null", alibi=qattn.alibi_slopes(4)), want) < 1e-11
+
+
 def test_mistakes_are_named():
     cache, q = KVCache(KVCacheParams(2, 16), 2), normal((3, 4, 16))
     cache.append(normal((5, 2, 16)), normal((5, 2, 16)))

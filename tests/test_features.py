@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import qattn
 from qattn import masks
-from qattn.architectures import AttentionConfig, Gate, Norm, Temperature
+from qattn.architectures import AttentionConfig, Gate, Latent, Norm, Temperature
 from qattn.errors import CacheError
 from qattn.state import of_layer
 from tests.block_reference import block
@@ -163,12 +163,35 @@ def test_any_features_over_the_cache_of_another_layer(described, tokens, cut):
 @given(described=layers(), tokens=st.integers(1, 20), others=st.integers(1, 20), cut=st.integers(0, 20))
 def test_any_features_over_another_sequence(described, tokens, others, cut):
     config, tensors = described
-    config = dataclasses.replace(config, cross=True, mask=masks.Null(), alibi=0.0, distances="")
+    config = dataclasses.replace(config, cross=True)
     attn, x, states = loaded(config, tensors), normal((tokens, HIDDEN), 50), normal((others, HIDDEN), 51)
     attn.remember(states[:cut])
     attn.remember(states[cut:])
-    got = attn(x, positions=np.arange(tokens))  # other states tell nothing of where x is
-    assert nmse(got, block(config, tensors, x, other=states)[1]) < 1e-9
+    positions = np.arange(tokens)  # other states tell nothing of where x is
+    want = block(config, tensors, x, other=states)[1]
+    got, captured = attn(x, positions=positions, capture={"weights", "lse"})
+    assert nmse(got, want) < 1e-9
+    seen = np.isfinite(captured["lse"])
+    assert config.sinks or np.allclose(captured["weights"].sum(axis=2).T, seen, atol=1e-5)
+    pieces = [attn(x[rows], positions=positions[rows]) for rows in np.split(positions, [cut]) if len(rows)]
+    assert nmse(np.concatenate(pieces), want) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"rope": qattn.RotaryEmbedding(8)},
+        {"alibi": 8.0},
+        {"mask": masks.Causal()},
+        {"mask": masks.Chunked(3)},
+        {"temperature": Temperature(4, 0.5)},
+    ],
+)
+def test_cross_attention_asks_for_the_positions_that_it_needs(feature):
+    attn = loaded(*plain(**{"cross": True, "mask": masks.Null(), "rope": None} | feature))
+    attn.remember(normal((5, HIDDEN)))
+    with pytest.raises(ValueError, match="positions of x's tokens are needed"):
+        attn(normal((3, HIDDEN)))
 
 
 def test_a_layer_may_read_the_cache_of_another():
@@ -248,6 +271,18 @@ def test_mistakes_are_named():
         loaded(config, tensors)
     with pytest.raises(ValueError, match="clamp_qkv is -1; expected a positive number"):
         plain(clamp_qkv=-1)
+    for temperature, message in (
+        (Temperature(0, 0.1), r"temperature.length is 0; expected a finite number"),
+        (Temperature(4, np.nan), "temperature.scale is nan; expected a finite number"),
+        (Temperature(4, 0.1, -5), "temperature.offset is -5; expected a finite number, 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plain(temperature=temperature)
+    with pytest.raises(ValueError, match="distances is 'both'; expected one of '', 'one-sided', 'two-sided'"):
+        plain(distances="both")
+    for feature in ({"cross": True}, {"q_norm": Norm("rms", 1e-5)}, {"clamp_qkv": 3.0}):
+        with pytest.raises(NotImplementedError, match=f"{next(iter(feature))} in multi-head latent attention is not"):
+            plain(latent=Latent(8, 4, 8, 8, 1e-5), **feature)
     with pytest.raises(ValueError, match=r"gate\.function is 'relu'; expected one of 'sigmoid', 'softplus'"):
         plain(gate=Gate("relu"))
     attn = loaded(*plain(cross=True, mask=masks.Null()))

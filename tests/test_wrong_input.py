@@ -131,6 +131,7 @@ def test_attention_wants_finite_numbers():
         ({"mask": np.ones((5, 5), int)}, "mask has dtype int64; expected booleans"),
         ({"mask": 5}, "mask is 5; expected a name"),
         ({"mask": masks.Causal}, "expected a name"),
+        ({"mask": [[True] * 5] * 3}, "mask is a list; expected a name .*, a mask or an array"),
         ({"mask": masks.Causal(), "window": 5}, "window is 5; the mask Causal.* has its own already"),
         ({"row_offsets": [0, 2, 5], "key_offsets": [0, 1, 5]}, "q has 2 tokens of sequence 0, k has 1; the last"),
         ({"row_offsets": [0, 2.5, 5]}, "row_offsets have dtype float64; expected integers"),

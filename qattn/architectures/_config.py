@@ -147,8 +147,14 @@ class AttentionConfig:
             raise ValueError(f"rope turns {self.rope.rope_dims} elements; kv_params has heads of {self.head_dim}")
         for name in ("scale", "softcap", "alibi", "value_scale", "output_scale"):
             _check.number(name, getattr(self, name))
-        if self.latent is not None and self.clamp_qkv is not None:
-            raise NotImplementedError("clamp_qkv in multi-head latent attention is not implemented")
+        if self.latent is not None:
+            for name in ("clamp_qkv", "q_norm", "k_norm", "v_norm", "cross"):
+                if getattr(self, name) not in (None, False):
+                    raise NotImplementedError(f"{name} in multi-head latent attention is not implemented")
+        _check.choice("distances", self.distances, ("", "one-sided", "two-sided"))
+        if self.temperature is not None:
+            for name, least in (("length", 1e-9), ("scale", None), ("offset", 0)):
+                _check.number(f"temperature.{name}", getattr(self.temperature, name), least)
         if self.gate is not None:
             if not isinstance(self.gate, Gate):
                 raise ValueError(f"gate is {self.gate!r}; expected a Gate")

@@ -163,11 +163,13 @@ class CacheBase(Watched, abc.ABC):
         return not self._ahead.any() and all(np.array_equal(each, np.arange(len(each))) for each in self._known)
 
     def positions_at(self, slots: Array, places: Array) -> Array:
-        """The positions that tokens have, or will have by default: of sequences `slots`, at indices `places`."""
+        """The positions that tokens have, or will have by default: of sequences `slots`, at indices `places`.
+
+        Indices below 0 are of tokens that would come before the first."""
         positions = places + self._ahead[slots]
         known = np.array([len(each) for each in self._known])
-        for i in np.flatnonzero(places < known[slots]).tolist():
-            positions[i] = self._known[slots[i]][places[i]]
+        for i in np.flatnonzero((places < known[slots]) & (known[slots] > 0)).tolist():
+            positions[i] = self._known[slots[i]][max(places[i], 0)] + min(places[i], 0)
         return positions
 
     def note(self, lengths: Array, positions: Array | None = None, row_offsets: Array | None = None) -> None:

@@ -97,7 +97,8 @@ def get(mask: str | MHAMaskVariant | Mask, window: int | None = None) -> Mask:
     """
     if not isinstance(mask, (str, MHAMaskVariant)):
         if isinstance(mask, type) or not hasattr(mask, "bounds"):
-            raise ValueError(f"mask is {mask!r}; expected a name ({', '.join(names())}), a variant or a mask")
+            came = f"a {type(mask).__name__}" if isinstance(mask, (list, tuple)) else repr(mask)
+            raise ValueError(f"mask is {came}; expected a name ({', '.join(names())}), a variant, a mask or an array")
         if window is not None:
             raise ValueError(f"window is {window}; the mask {mask} has its own already")
         return mask
