@@ -79,8 +79,8 @@ def random_cache(params: qattn.KVCacheParams, depth: int, *, room: int = 0, sequ
     cache = qattn.KVCache(params, sequences)
     cache.reserve(np.full(sequences, depth + room))
     values = gaussian(1 << 16)
-    if params.kind != "f32":
-        values = values.astype(np.float16).view(np.uint16) if params.kind == "f16" else values.view(np.uint16)[1::2]
+    if params.key_kind != "f32":
+        values = values.astype(np.float16).view(np.uint16) if params.key_kind == "f16" else values.view(np.uint16)[1::2]
     view = cache.view()
     for tiles in (view.keys, view.values):
         tiles[:, :, : -(-depth // LANES)] = np.resize(values, tiles[0, 0, : -(-depth // LANES)].shape)

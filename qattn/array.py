@@ -175,7 +175,7 @@ class QuantArray(NDArrayOperatorsMixin):
     def __repr__(self) -> str:
         names = self._format_names()
         form = repr(names[0]) if len(names) == 1 else f"'mixed' ({', '.join(names)})"
-        bits, size = f"{self.bits_per_weight:.2f} bits/weight", _bytes(self.nbytes)
+        bits, size = f"{self.bits_per_weight:.2f} bits/weight", in_bytes(self.nbytes)
         where = "" if self.device == "cpu" else f", device={self.device!r}"
         return f"QuantArray(shape={self.shape}, format={form}, {bits}, {size}{where})"
 
@@ -320,16 +320,7 @@ def _operand(x: Any, name: str) -> Array:
     return values.astype(np.float32) if values.dtype.kind in "biu" else values
 
 
-def _reference_dequantize(w: QuantArray) -> Array:
-    values = [formats.dequantize_reference(part._format, part.data) for part in w.parts]
-    return values[0] if len(values) == 1 else np.concatenate(values)
-
-
-def _reference_matmul(x: Array, w: QuantArray) -> Array:
-    return x.astype(np.float32, copy=False) @ np.asarray(w).T
-
-
-_engine = Engine(_reference_dequantize, _reference_matmul)
+_engine: Engine
 
 
 def install_engine(engine: Engine) -> None:
@@ -404,7 +395,7 @@ def _values(x: Any) -> Any:
     return x
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
     """Write a number of bytes for people, in powers of 1000."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:

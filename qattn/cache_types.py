@@ -56,7 +56,7 @@ class CacheType(NamedTuple):
         return -(-size // BLOCK) * self.block_bytes if self.in_blocks else size * self.bits // 8
 
 
-_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml's kvalues_iq4nl
+IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml's kvalues_iq4nl
 
 TYPES = (
     CacheType("float32", "f32", 32),
@@ -68,7 +68,7 @@ TYPES = (
     CacheType("q5_0", "q5_0", 5, "peak", zero=16),
     CacheType("q4_1", "q4_1", 4, "range"),
     CacheType("q4_0", "q4_0", 4, "peak", zero=8),
-    CacheType("iq4_nl", "iq4_nl", 4, "table", table=_IQ4_NL),
+    CacheType("iq4_nl", "iq4_nl", 4, "table", table=IQ4_NL_LEVELS),
 )
 _BY_KIND = {type_.kind: type_ for type_ in TYPES}
 

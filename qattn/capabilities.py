@@ -6,8 +6,7 @@ import os
 from dataclasses import dataclass
 
 from qattn import architectures, formats
-from qattn.gguf_file import GGUFFile
-from qattn.gguf_file import open as open_gguf
+from qattn.gguf_file import GGUFFile, opened
 
 
 def unsupported_tensors(model: GGUFFile) -> dict[str, str]:
@@ -76,14 +75,13 @@ def capabilities(model: GGUFFile | str | os.PathLike[str]) -> Capabilities:
     tensors: supported (F32, Q4_1, Q8_0)
     attention: supported (llama, 30 layers)
     """
-    if not isinstance(model, GGUFFile):
-        with open_gguf(model) as opened:
-            return capabilities(opened)
-    missing = unsupported_tensors(model)
-    kinds = sorted({tensor.type_name for tensor in model.tensors.values()})
-    layers, attention = _attention(model)
+    with opened(model) as file:
+        missing = unsupported_tensors(file)
+        kinds = sorted({tensor.type_name for tensor in file.tensors.values()})
+        layers, attention = _attention(file)
+        architecture = str(file.metadata.get("general.architecture", "unknown"))
     return Capabilities(
-        architecture=str(model.metadata.get("general.architecture", "unknown")),
+        architecture=architecture,
         layers=layers,
         formats={kind: kind not in missing.values() for kind in kinds},
         unsupported_tensors=missing,

@@ -13,8 +13,7 @@ from qattn.architectures import AttentionConfig, describe
 from qattn.array import QuantArray
 from qattn.attention import AttentionWithRope
 from qattn.errors import GGUFError, of_file
-from qattn.gguf_file import GGUFFile
-from qattn.gguf_file import open as open_gguf
+from qattn.gguf_file import GGUFFile, opened
 from qattn.state import of_layer
 
 
@@ -90,25 +89,21 @@ class GGUFQAttentionWithRope(AttentionWithRope):
         NotImplementedError
             If the architecture is not supported.
         """
-        if not isinstance(model, GGUFFile):
-            options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
-            options["hadamard"] = hadamard
-            with open_gguf(model) as opened:
-                return cls.from_gguf(opened, layer, part=part, device=device, **options)
-        config = describe(model, layer, part=part, context=max_length)
-        with of_file(model.path, layer):
-            weights = _layer_weights(model, config)
-        attention = cls.from_config(
-            config,
-            cache_dtype=cache_dtype,
-            max_length=max_length,
-            hadamard=hadamard,
-            devices=[device or model.device],
-            has_bias=any(name.endswith("_proj.bias") for name in weights),
-            precision=precision,
-        )
-        with of_file(model.path, layer):
-            attention.load_state_dict(weights)
+        with opened(model) as file:
+            config = describe(file, layer, part=part, context=max_length)
+            with of_file(file.path, layer):
+                weights = _layer_weights(file, config)
+            attention = cls.from_config(
+                config,
+                cache_dtype=cache_dtype,
+                max_length=max_length,
+                hadamard=hadamard,
+                devices=[device or file.device],
+                has_bias=any(name.endswith("_proj.bias") for name in weights),
+                precision=precision,
+            )
+            with of_file(file.path, layer):
+                attention.load_state_dict(weights)
         return attention
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import stat
@@ -54,6 +55,11 @@ def open(path: str | os.PathLike[str], *, device: str = "cpu") -> GGUFFile:
     first = _map(Path(path))
     count = _split_number(first, Keys.Split.LLM_KV_SPLIT_COUNT, 1)
     return GGUFFile([first] if count <= 1 else [first, *_other_parts(first, count)], device)
+
+
+def opened(model: GGUFFile | str | os.PathLike[str]) -> contextlib.AbstractContextManager[GGUFFile]:
+    """An open file, which stays open, or the file at a path, which is closed behind the block."""
+    return contextlib.nullcontext(model) if isinstance(model, GGUFFile) else open(model)
 
 
 class _Part(NamedTuple):

@@ -20,21 +20,11 @@ from qattn.cpu.matmul import wants_signed
 from qattn.cpu.scratch import zeros
 from qattn.cpu.simd import LANES
 from qattn.errors import DeviceError
+from qattn.formats import Planes
 from qattn.layout import CELL, Layout, Packed
 
 Array = np.ndarray[Any, Any]
 _PART = 1 << 18  # bytes of rows that are packed at once: they take far longer than waking a thread
-
-
-class Planes(NamedTuple):
-    """What a quantized matrix consists of: ``weight = scale · level + offset``, group by group."""
-
-    levels: Array
-    """(rows, columns) int16."""
-    scales: Array
-    """(rows, columns / group) float32."""
-    offsets: Array | None
-    """(rows, columns / group) float32, or None where the format has no offsets."""
 
 
 class Part(NamedTuple):
@@ -284,7 +274,7 @@ def part_values(part: Part) -> Array:
             return rows.view(np.float16).astype(np.float32)
         return rows if part.layout.base == "f32" else (rows.astype(np.uint32) << 16).view(np.float32)
     planes = _unpack_part(part)
-    values = planes.levels.astype(np.float32) * np.repeat(planes.scales, part.layout.group, axis=1)
-    if planes.offsets is not None:
-        values += np.repeat(planes.offsets, part.layout.group, axis=1)
+    values = planes.levels.astype(np.float32) * np.repeat(planes.scale, part.layout.group, axis=1)
+    if planes.offset is not None:
+        values += np.repeat(planes.offset, part.layout.group, axis=1)
     return values

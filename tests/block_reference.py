@@ -16,7 +16,7 @@ def block(config, tensors, x, *, positions=None, other=None):
         output
 
     Returns the heads' output after gate and norm, (tokens, heads · value_dim), and its product with the weight of the
-    output projection, before its scale and bias.
+    output projection, before the description's factor of that, and the file's scale and bias.
     """
     t = _Tensors(config, tensors, np.arange(len(x)) if positions is None else np.asarray(positions, np.int64))
     x = np.asarray(x, np.float64)

@@ -95,6 +95,7 @@ def layers(draw):
         softcap=draw(st.sampled_from([0.0, 2.0])),
         alibi=draw(st.sampled_from([0.0, 8.0])),
         value_scale=draw(st.sampled_from([1.0, 0.5])),
+        output_scale=draw(st.sampled_from([1.0, 3.0])),
         **features,
     )
     return config, tensors
@@ -119,7 +120,7 @@ def loaded(config, tensors, **changes):
 def test_any_features_agree_with_float64(described, tokens, cut):
     config, tensors = described
     attn, x = loaded(config, tensors), normal((tokens, HIDDEN), 50)
-    _, want = block(config, tensors, x)
+    want = config.output_scale * block(config, tensors, x)[1]
     assert nmse(attn(x), want) < 1e-9
     if config.mask.bounds(0, 99)[1] == 1:  # later tokens don't count, so a prompt may come in pieces
         attn.reset()
@@ -150,7 +151,7 @@ def test_any_features_over_the_cache_of_another_layer(described, tokens, cut):
     first, second = loaded(owner, tensors), loaded(reader, both)
     x, y = normal((tokens, HIDDEN), 50), normal((tokens, HIDDEN), 51)
     first(x)
-    want = block(reader, both, y, other=(owner, x))[1]
+    want = reader.output_scale * block(reader, both, y, other=(owner, x))[1]
     assert nmse(second(y, kv_cache=first.kv_cache), want) < 1e-9
     if owner.mask.bounds(0, 99)[1] == 1:  # later tokens don't count, so both may come in pieces
         first.reset()
@@ -168,7 +169,7 @@ def test_any_features_over_another_sequence(described, tokens, others, cut):
     attn.remember(states[:cut])
     attn.remember(states[cut:])
     positions = np.arange(tokens)  # other states tell nothing of where x is
-    want = block(config, tensors, x, other=states)[1]
+    want = config.output_scale * block(config, tensors, x, other=states)[1]
     got, captured = attn(x, positions=positions, capture={"weights", "lse"})
     assert nmse(got, want) < 1e-9
     seen = np.isfinite(captured["lse"])

@@ -66,8 +66,9 @@ def test_captures_of_any_layer_belong_together(described, tokens):
     y, captured = attn(x, capture=EVERYTHING)
     assert list(captured) == list(probe.NAMES)
     check(attn, captured, y)
-    assert nmse(captured["heads"].reshape(tokens, -1), block(config, tensors, x)[0]) < 1e-9
-    if not (config.gate or config.output_norm) and config.value_scale == 1:
+    heads = config.output_scale * block(config, tensors, x)[0]
+    assert nmse(captured["heads"].reshape(tokens, -1), heads) < 1e-9
+    if not (config.gate or config.output_norm) and config.value_scale == config.output_scale == 1:
         attended = np.einsum("htk,khd->thd", captured["weights"], grouped(attn, captured["v"]))
         assert nmse(captured["heads"], attended) < 1e-9
     attn.reset()
@@ -245,6 +246,21 @@ def test_a_gpu_tells_the_same(cupy):
             assert_allclose(
                 got, np.stack(want[name] if name == "statistics" else [want[name]]), atol=2e-4, err_msg=name
             )
+
+
+def test_a_gpu_tells_of_pages_and_codes(cupy):
+    config, tensors = plain()
+    x, params = normal((140, HIDDEN)), qattn.KVCacheParams(2, 8, dtype="q8_0/q4_0")
+    told = []
+    for device, xp in (("cpu", np), ("cuda:0", cupy)):
+        attn = loaded(config, tensors, devices=[device])
+        cache = qattn.PagedKVCache(params, 2, pages=4, device=device)
+        attn(xp.asarray(x[:135]), kv_cache=cache, row_offsets=[0, 3, 135])
+        _, captured = attn(xp.asarray(x[135:]), kv_cache=cache, row_offsets=[0, 4, 5], capture={"k", "v", "weights"})
+        told.append({name: [cupy.asnumpy(each) for each in parts] for name, parts in captured.items()})
+    for name in ("k", "v", "weights"):
+        for got, want in zip(told[1][name], told[0][name], strict=True):
+            assert got.shape == want.shape and nmse(got, want) < 1e-4, name
 
 
 # Scaling heads

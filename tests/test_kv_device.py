@@ -32,6 +32,29 @@ def test_a_layer_with_a_paged_cache(cupy):
     assert there.defragment() >= 0 and all(nmse(*pair) < 1e-10 for pair in zip(there.read(), cache.read(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_sequences_are_edited_as_on_a_cpu(cupy, dtype, paged):
+    params = KVCacheParams(2, 8, dtype=dtype)
+    there, here = (
+        PagedKVCache(params, 3, pages=12, device=device) if paged else KVCache(params, 3, device=device)
+        for device in ("cuda:0", "cpu")
+    )
+    for cache in (there, here):
+        cache.append(normal((200, 2, 8)), normal((200, 2, 8), 1), 0)
+        cache.append(normal((90, 2, 8), 2), normal((90, 2, 8), 3), 2)
+        cache.copy(0, 1, 0, 150)
+        cache.divide(1, 10, 140, 4, ROPE)
+        cache.remove(0, 20, 60)
+        cache.shift(0, 20, None, -40, ROPE)
+    for s in range(3):
+        assert np.array_equal(there.positions(s), here.positions(s))
+        assert all(nmse(*pair) < 1e-4 for pair in zip(there.read(s), here.read(s), strict=True))
+    for cache in (there, here):
+        cache.keep(1)
+    assert there.lengths.tolist() == there.counts.tolist() == here.lengths.tolist() == [0, 150, 0]
+
+
 def test_saved_there_and_loaded_there(cupy, tmp_path):
     there = PagedKVCache(KVCacheParams(2, 8, dtype="bfloat16"), 2, pages=6, device="cuda:0")
     there.append(normal((200, 2, 8)), normal((200, 2, 8), 1), 1)

@@ -99,11 +99,11 @@ def test_packing_loses_nothing(w):
     fmt = formats.get(w.format)
     want = fmt.split(w.data.reshape(-1, fmt.bytes))
     assert np.array_equal(planes.levels, want.levels.reshape(w.shape))
-    assert np.array_equal(planes.scales, want.scale.reshape(len(w), -1), equal_nan=True)
+    assert np.array_equal(planes.scale, want.scale.reshape(len(w), -1), equal_nan=True)
     if want.offset is None:
-        assert planes.offsets is None
+        assert planes.offset is None
     else:
-        assert np.array_equal(planes.offsets, want.offset.reshape(len(w), -1), equal_nan=True)
+        assert np.array_equal(planes.offset, want.offset.reshape(len(w), -1), equal_nan=True)
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)

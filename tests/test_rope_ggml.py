@@ -81,29 +81,43 @@ def recorded(golden):
     return np.load(golden / "rope-ggml.npz")
 
 
+def of_the_grid(recorded, shape, point):
+    """Heads, their positions, the embedding, and what the operator's formulas give."""
+    mode, size, dims = shape.split("-")[0], *map(int, shape.split("-")[1:])
+    scale, extrapolation, attention, with_factors = point
+    sections = {"vision": (dims // 4,) * 2, "blocks": (dims // 3,) * 3, "interleaved": (dims // 3,) * 3}.get(mode, ())
+    x, positions = recorded["x"][..., :size], recorded["positions"] if sections else recorded["positions"][:1]
+    factors = recorded["factors"][: dims // 2] if with_factors else None
+    rope = RotaryEmbedding(
+        dims, pairing="interleaved" if mode == "normal" else "neox", factors=factors, sections=sections,
+        scaling=YaRN(1 / scale, 1, extrapolation, attention, beta_fast=1.0, beta_slow=1.0),
+        section_order=mode if sections else "blocks",
+    )  # fmt: skip
+    want = ggml_rotate(
+        x, positions, mode=mode, dims=dims // (2 if mode == "vision" else 1), scale=scale,
+        extrapolation=extrapolation, attention=attention, factors=factors, sections=sections, apart=rope.neox,
+    )  # fmt: skip
+    return x, positions if sections else positions[0], rope, want
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_grid_of_ggmls_operator_tests(recorded, shape):
     """Mode, head size and rotated elements, over scale × extrapolation × attention factor × factors.
 
     ggml's own tests give 0 for the original context, which ramps as 1 does.
     """
-    mode, size, dims = shape.split("-")[0], *map(int, shape.split("-")[1:])
-    sections = {"vision": (dims // 4,) * 2, "blocks": (dims // 3,) * 3, "interleaved": (dims // 3,) * 3}.get(mode, ())
-    x, positions = recorded["x"][..., :size], recorded["positions"] if sections else recorded["positions"][:1]
-    for (scale, extrapolation, attention, with_factors), ggml in zip(GRID, recorded[shape], strict=True):
-        factors = recorded["factors"][: dims // 2] if with_factors else None
-        yarn = YaRN(1 / scale, 1, extrapolation, attention, beta_fast=1.0, beta_slow=1.0)
-        rope = RotaryEmbedding(
-            dims, pairing="interleaved" if mode == "normal" else "neox", factors=factors, scaling=yarn,
-            sections=sections, section_order=mode if sections else "blocks",
-        )  # fmt: skip
-        want = ggml_rotate(
-            x, positions, mode=mode, dims=dims // (2 if mode == "vision" else 1), scale=scale,
-            extrapolation=extrapolation, attention=attention, factors=factors, sections=sections, apart=rope.neox,
-        )  # fmt: skip
-        got = qattn.rope(x, positions if sections else positions[0], rope)
+    for point, ggml in zip(GRID, recorded[shape], strict=True):
+        x, positions, rope, want = of_the_grid(recorded, shape, point)
+        got = qattn.rope(x, positions, rope)
         assert nmse(got, want) < 1e-12
         assert nmse(got, ggml) < 1e-7  # the bound of ggml's tests; its angles are float32 products of float32 products
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sample_of_the_grid_on_a_gpu(cupy, recorded, shape):
+    for point in (GRID[-1], GRID[SHAPES.index(shape)]):
+        x, positions, rope, want = of_the_grid(recorded, shape, point)
+        assert nmse(qattn.rope(cupy.asarray(x), positions, rope).get(), want) < 1e-12
 
 
 MODELS = {

@@ -8,6 +8,7 @@ from qattn.architectures._config import Gate as Gate
 from qattn.architectures._config import Latent as Latent
 from qattn.architectures._config import Norm as Norm
 from qattn.architectures._config import Temperature as Temperature
+from qattn.architectures._registry import BESIDE as BESIDE
 from qattn.architectures._registry import attention_layers as attention_layers
 from qattn.architectures._registry import describe as describe
 from qattn.architectures._registry import names as names

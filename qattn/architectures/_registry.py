@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import numbers
-import pkgutil
 import re
 from collections.abc import Callable, Iterable
 from typing import Literal
 
+from qattn._modules import import_all
 from qattn.architectures._config import AttentionConfig
 from qattn.architectures._layer import Layer, NoAttention
 from qattn.architectures._metadata import Metadata as Metadata
@@ -48,10 +47,7 @@ def refuse(reason: str, *architectures: str) -> None:
 
 @functools.cache
 def _discover() -> None:
-    package = importlib.import_module("qattn.architectures")
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"qattn.architectures.{module.name}")
+    import_all("qattn.architectures")
 
 
 def names() -> tuple[str, ...]:
@@ -148,14 +144,14 @@ def unsupported(model: GGUFFile) -> list[str]:
     return list(reasons)
 
 
-# Norms beside a block: they make its input or take its output.
-_BESIDE = ("attn_norm", "attn_norm_2", "attn_output_norm", "attn_res_score")
+BESIDE = ("attn_norm", "attn_norm_2", "attn_output_norm", "attn_res_score")
+"""Norms beside a block, by their tensors: they make its input, or take its output."""
 _ENDINGS = ("weight", "bias", "scale", "input_scale")
 
 
 def _foreign(model: GGUFFile, config: AttentionConfig) -> Iterable[str]:
     """The tensors of a block that its description doesn't understand, which might change its result."""
-    known = {"attn_q", "attn_k", "attn_v", "attn_qkv", config.output, *_BESIDE, *config.tensors}
+    known = {"attn_q", "attn_k", "attn_v", "attn_qkv", config.output, *BESIDE, *config.tensors}
     if config.q_norm is not None or config.k_norm is not None:
         known |= {"attn_q_norm", "attn_k_norm"}
     if config.gate is not None and not config.gate.interleaved:

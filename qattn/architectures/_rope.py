@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from qattn.architectures._metadata import Metadata
 from qattn.errors import GGUFError
-from qattn.rope import LongRoPE, RotaryEmbedding, YaRN, shared
+from qattn.rope import LongRoPE, RotaryEmbedding, YaRN, shared, yarn_magnitude
 from qattn.rope.tables import Pairing as Pairing
 
 Factors = Literal["", "freqs", "long", "either"]
@@ -50,15 +49,12 @@ def model_scaling(
     if yarn:
         # The factor that YaRN applies by itself, 1 + 0.1 log(factor), is divided out here.
         ratio = log_multiplier if same_multiplier and log_multiplier else 1.0
-        attention = _mscale(factor, ratio) / (_mscale(factor, log_multiplier) if log_multiplier else 1.0)
-        attention /= 1 + 0.1 * math.log(factor)
+        grown = max(factor, 1.0)
+        attention = yarn_magnitude(grown, ratio) / (yarn_magnitude(grown, log_multiplier) if log_multiplier else 1.0)
+        attention /= yarn_magnitude(factor)
     attention *= m.number("rope.scaling.attn_factor", 1.0)
     original = m.integer("rope.scaling.original_context_length", m.integer("context_length", 0))
     return Scaling(factor, yarn, attention, original, beta_fast, beta_slow)
-
-
-def _mscale(factor: float, multiplier: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1
 
 
 def rotary(

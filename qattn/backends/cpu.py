@@ -132,7 +132,7 @@ def scale_tokens(x: Array, first: int, count: int, table: Array, angles: Array) 
     cpu_heads.scale_tokens(x, first, count, table, angles, parts=_parts_of(len(x)))
 
 
-def hadamard(x: Array, first: int, heads: int, size: int) -> None:
+def _hadamard(x: Array, first: int, heads: int, size: int) -> None:
     """Multiply heads of rows x by a Walsh-Hadamard matrix, in place: see `qattn.cpu.heads`."""
     cpu_heads.hadamard(x, first, heads, size, parts=_parts_of(len(x)))
 
@@ -168,8 +168,8 @@ def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q
     params, heads = cache.params, q.shape[1]
     if params.hadamard:
         rotate_heads(qkv, heads + params.n_kv_heads, params.head_dim, rotation, batch.angles)
-        hadamard(qkv, heads * params.head_dim, params.n_kv_heads, params.head_dim)
-        hadamard(qkv, (heads + params.n_kv_heads) * params.head_dim, params.n_kv_heads, params.values)
+        _hadamard(qkv, heads * params.head_dim, params.n_kv_heads, params.head_dim)
+        _hadamard(qkv, (heads + params.n_kv_heads) * params.head_dim, params.n_kv_heads, params.values)
         rotation = Rotation(rotation.cos[:, :0], rotation.sin[:, :0], rotation.neox)
     cos, sin, neox, *_ = rotation
     run = cpu_rope.rotate_and_store(params.key_kind, params.value_kind)
@@ -190,7 +190,7 @@ def attend(
     out = np.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
     lse = np.empty(q.shape[:2], np.float32)
     if params.hadamard:
-        hadamard(q.reshape(len(q), q.shape[1] * q.shape[2]), 0, q.shape[1], params.head_dim)
+        _hadamard(q.reshape(len(q), q.shape[1] * q.shape[2]), 0, q.shape[1], params.head_dim)
     partial = cpu_attention.Partial.room(row_offsets, cache.capacity, q.shape[1], view.value_dim)
     large = cache.capacity * q.size > _LARGE or is_recording()
     parts = 4 * get_num_threads() if large else 1
@@ -199,7 +199,7 @@ def attend(
     if partial.lse.size:
         cpu_attention.merge(row_offsets, params.n_kv_heads, partial, out, lse, parts=parts)
     if params.hadamard:
-        hadamard(out.reshape(len(out), out.shape[1] * out.shape[2]), 0, out.shape[1], params.values)
+        _hadamard(out.reshape(len(out), out.shape[1] * out.shape[2]), 0, out.shape[1], params.values)
     return out, lse
 
 

@@ -13,15 +13,22 @@ from qattn import formats
 from qattn.array import QuantArray
 from qattn.batch import Batch
 from qattn.cuda import attention as cuda_attention
-from qattn.cuda import dense, feed_forward, tuning
+from qattn.cuda import dense, tuning
 from qattn.cuda import dequantize as cuda_dequantize
-from qattn.cuda import heads as cuda_heads
 from qattn.cuda import matmul as cuda_matmul
 from qattn.cuda import rope as cuda_rope
 from qattn.cuda.activations import Activations, quantize
 from qattn.cuda.attend_variant import Storage
 from qattn.cuda.dequantize import dequantize as dequantize
-from qattn.cuda.heads import Steps
+from qattn.cuda.feed_forward import add as add
+from qattn.cuda.feed_forward import gated as gated
+from qattn.cuda.feed_forward import rms_norm as rms_norm
+from qattn.cuda.feed_forward import softcap as softcap
+from qattn.cuda.heads import Steps, hadamard
+from qattn.cuda.heads import finish as finish
+from qattn.cuda.heads import gate as gate
+from qattn.cuda.heads import norm_heads as norm_heads
+from qattn.cuda.heads import scale_tokens as scale_tokens
 from qattn.cuda.program import Program as Program
 from qattn.cuda.unpack import unpack as unpack_part
 from qattn.layout import CELL, Layout
@@ -107,28 +114,6 @@ def _rounded(x: Array, layout: Layout) -> Activations:
     return room
 
 
-def finish(out: Array, factor: Array | None, bias: Array | None, limit: Array | None) -> None:
-    """out = clamp(out · factor + bias, -limit, limit): (tokens, n), and (n,) float32; None for what there isn't."""
-    cuda_heads.finish(out, factor, bias, limit)
-
-
-def norm_heads(
-    x: Array, first: int, groups: int, size: int, weight: Array | None, bias: Array | None, epsilon: float, layer: bool
-) -> None:
-    """Normalize pieces of each row in place: see `qattn.cuda.heads`."""
-    cuda_heads.norm_heads(x, first, groups, size, weight, bias, epsilon, layer)
-
-
-def scale_tokens(x: Array, first: int, count: int, table: Array, angles: Array) -> None:
-    """Columns first … first + count - 1 of token t *= table[angles[t]]."""
-    cuda_heads.scale_tokens(x, first, count, table, angles)
-
-
-def gate(heads: Array, x: Array, first: int, per_head: bool, function: str) -> None:
-    """heads (tokens, heads, value_dim) *= function of the columns of x from `first` on: see `qattn.cuda.heads`."""
-    cuda_heads.gate(heads, x, first, per_head, function)
-
-
 def rotate(x: Array, rotation: Rotation, positions: Array, out: Array) -> None:
     """out = heads rotated by the angles of their positions: see `qattn.cuda.rope`."""
     cos, sin, neox, *_ = rotation
@@ -149,9 +134,9 @@ def rotate_and_store(qkv: Array, rotation: Rotation, batch: Batch, cache: Any, q
     params, heads = cache.params, q.shape[1]
     if params.hadamard:
         rotate_heads(qkv, heads + params.n_kv_heads, params.head_dim, rotation, batch.angles)
-        cuda_heads.hadamard(qkv, heads * params.head_dim, params.n_kv_heads, params.head_dim)
+        hadamard(qkv, heads * params.head_dim, params.n_kv_heads, params.head_dim)
         first = (heads + params.n_kv_heads) * params.head_dim
-        cuda_heads.hadamard(qkv, first, params.n_kv_heads, params.values)
+        hadamard(qkv, first, params.n_kv_heads, params.values)
         rotation = Rotation(rotation.cos[:, :0], rotation.sin[:, :0], rotation.neox)
     cos, sin, neox, heat, preparation = rotation
     steps = Steps.of(preparation, heat)
@@ -175,14 +160,14 @@ def attend(
 
     params, view = cache.params, cache.view()
     if params.hadamard:
-        cuda_heads.hadamard(q.reshape(len(q), q.shape[1] * q.shape[2]), 0, q.shape[1], params.head_dim)
+        hadamard(q.reshape(len(q), q.shape[1] * q.shape[2]), 0, q.shape[1], params.head_dim)
     out = cupy.empty((*q.shape[:2], view.value_dim), np.float32) if out is None else out
     lse = cupy.empty(q.shape[:2], np.float32)
     partial = cuda_attention.Partial.room(len(q), len(row_offsets) - 1, q.shape[1], view)
     storage = _storage(params, exact)
     cuda_attention.attend(storage, q, view, row_offsets, cache.counts, mask, logits, out, lse, partial)
     if params.hadamard:
-        cuda_heads.hadamard(out.reshape(len(out), out.shape[1] * out.shape[2]), 0, out.shape[1], params.values)
+        hadamard(out.reshape(len(out), out.shape[1] * out.shape[2]), 0, out.shape[1], params.values)
     return out, lse
 
 
@@ -207,23 +192,3 @@ def rotate_and_attend(
         storage, qkv, cos, sin, batch, neox, view, cache.counts, mask, logits, out, lse, partial,
         Steps.of(preparation, heat),
     )  # fmt: skip
-
-
-def rms_norm(x: Array, weight: Array, epsilon: float, out: Array) -> None:
-    """out = x / sqrt(mean(x²) + epsilon) · weight, row by row."""
-    feed_forward.rms_norm(x, weight, epsilon, out)
-
-
-def gated(gate_up: Array, out: Array, activation: str) -> None:
-    """out = activation(gate) · up, where gate is the first half of each row and up the second: see `qattn.cuda`."""
-    feed_forward.gated(gate_up, out, activation)
-
-
-def add(x: Array, y: Array) -> None:
-    """x += y."""
-    feed_forward.add(x, y)
-
-
-def softcap(x: Array, limit: float) -> None:
-    """x = limit · tanh(x / limit): (tokens, n)."""
-    feed_forward.softcap(x, limit)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qattn.array import in_bytes
 from qattn.cli import _common
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> None:
     import qattn
     from qattn.models._extra import require
 
-    console = require("rich.console").Console(file=sys.stdout, highlight=False)
+    console = _common.console()
     text = require("rich.text").Text
     with qattn.open(args.file) as model:
         size = model.path.stat().st_size
-        console.print(text(f"{model.path}: {_bytes(size)}, {len(model)} tensors", style="bold"), soft_wrap=True)
+        console.print(text(f"{model.path}: {in_bytes(size)}, {len(model)} tensors", style="bold"), soft_wrap=True)
         console.print(text(str(qattn.capabilities(model))))
         console.print(text(_decoder(model)))
         console.print(_metadata_table(model), _attention_table(model), _format_table(model))
@@ -104,7 +104,7 @@ def _attention_row(model: GGUFFile, layer: int, tensors: dict[str, TensorInfo]) 
         f"{out.shape[0]}×{out.shape[1]}" if out else "—",
         out.type_name if out else "",
         _bits(tensors.values()),
-        _bytes(total),
+        in_bytes(total),
     ]
 
 
@@ -131,7 +131,7 @@ def _format_table(model: GGUFFile) -> Any:
     for kind, tensors in sorted(kinds.items(), key=lambda item: -sum(tensor.nbytes or 0 for tensor in item[1])):
         size = sum(tensor.nbytes or 0 for tensor in tensors)
         share = f"{size / everything:.1%}" if everything else ""
-        rows.append([kind, str(len(tensors)), f"{_weights(tensors):,}", _bits(tensors), _bytes(size), share])
+        rows.append([kind, str(len(tensors)), f"{_weights(tensors):,}", _bits(tensors), in_bytes(size), share])
     columns = [("format", "left"), ("tensors", "right"), ("weights", "right"), ("bits", "right"), ("bytes", "right")]
     return _common.table("Formats", [*columns, ("share", "right")], rows)
 
@@ -145,10 +145,3 @@ def _bits(tensors: Iterable[TensorInfo]) -> str:
     known = [tensor for tensor in tensors if tensor.nbytes]
     weights = _weights(known)
     return f"{8 * sum(tensor.nbytes or 0 for tensor in known) / weights:.2f}" if weights else "?"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

@@ -45,7 +45,8 @@ class CacheView(NamedTuple):
     """The tiles of a cache, as kernels see them."""
 
     keys: np.ndarray
-    """(pages, kv_heads, tiles, ceil(head_dim / pack) · 16 · pack), float32, or 16-bit floats as uint16."""
+    """(pages, kv_heads, tiles, ceil(head_dim / pack) · 16 · pack), float32, 16-bit floats as uint16, or float8 and
+    codes as uint8; tiles of codes have their scales behind them."""
     values: np.ndarray
     """(pages, kv_heads, tiles, ceil(value_dim / 16) · 256), likewise."""
     head_dim: int

@@ -16,10 +16,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, float32, int32, int64, uint32
+from numba import cuda, float32, int32, int64
 
 from qattn.cuda import ptx
 from qattn.cuda.kernel import device, kernel
+from qattn.cuda.values import load_four
+from qattn.cuda.warps import ALL_LANES, sum_of_block
 from qattn.layout import CELL
 
 BLOCK = 8  # tokens, the columns of one product of a tensor core
@@ -30,7 +32,6 @@ MAGIC = 0x4B400000  # the bits of 1.5 · 2**23: what is added to that float, up 
 _MAGIC = np.float32(1.5 * 2**23)
 _FOUR_MAGIC = 4 * MAGIC
 _INVERSE_127 = np.float32(1 / 127)
-_EVERY = 0xFFFFFFFF  # lanes of a warp
 _THREADS = 1024  # at most, of a block that rounds a row: four columns each, so few pass over the row twice
 
 
@@ -77,18 +78,11 @@ def padded(rows: int) -> int:
 @device
 def _sum_of_lanes(value, lanes):
     """The sum over 4 or 8 neighbouring lanes."""
-    value += cuda.shfl_xor_sync(_EVERY, value, 1)
-    value += cuda.shfl_xor_sync(_EVERY, value, 2)
+    value += cuda.shfl_xor_sync(ALL_LANES, value, 1)
+    value += cuda.shfl_xor_sync(ALL_LANES, value, 2)
     if lanes == 8:
-        value += cuda.shfl_xor_sync(_EVERY, value, 4)
+        value += cuda.shfl_xor_sync(ALL_LANES, value, 4)
     return value
-
-
-@device
-def _four(x, at):
-    """Four neighbouring float32."""
-    a, b, c, d = ptx.load_16(x, at)
-    return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
 
 
 @device
@@ -110,28 +104,19 @@ def _energy(x, start, columns):
     energies = cuda.shared.array(32, float32)
     energy, column = float32(0), 4 * thread
     while column < columns:
-        a, b, c, d = _four(x, start + column)
+        a, b, c, d = load_four(x, start + column)
         energy += a * a + b * b + (c * c + d * d)
         column += 4 * threads
-    for i in range(5):
-        energy += cuda.shfl_xor_sync(_EVERY, energy, 1 << i)
-    if thread & 31 == 0:
-        energies[uint32(thread >> 5)] = energy
-    cuda.syncthreads()
-    energy, warp = float32(0), int32(0)
-    while warp < threads >> 5:
-        energy += energies[uint32(warp)]
-        warp += 1
-    return energy
+    return sum_of_block(energy, energies)
 
 
 @device
 def _round(v):
     """A cell, four columns a lane → its scale; the lane's integers, each plus the magic number; its peak."""
     largest = max(max(abs(v[0]), abs(v[1])), max(abs(v[2]), abs(v[3])))
-    largest = max(largest, cuda.shfl_xor_sync(_EVERY, largest, 1))
-    largest = max(largest, cuda.shfl_xor_sync(_EVERY, largest, 2))
-    largest = max(largest, cuda.shfl_xor_sync(_EVERY, largest, 4))
+    largest = max(largest, cuda.shfl_xor_sync(ALL_LANES, largest, 1))
+    largest = max(largest, cuda.shfl_xor_sync(ALL_LANES, largest, 2))
+    largest = max(largest, cuda.shfl_xor_sync(ALL_LANES, largest, 4))
     unit = ptx.multiply(largest, _INVERSE_127)
     inverse = ptx.reciprocal(unit) if unit > float32(0) else float32(0)
     rounded = (
@@ -193,7 +178,7 @@ def quantize_kernel(zero: int, groups: int) -> Any:
         while warp_cell < cells:
             cell, quad = warp_cell + (lane >> 3), lane & 7
             inside = cell < cells
-            v = _four(x, start + min(cell, cells - 1) * CELL + 4 * quad)
+            v = load_four(x, start + min(cell, cells - 1) * CELL + 4 * quad)
             unit, rounded, largest = _round(v)
             at = first + cell * BLOCK if inside else -1
             store(v, unit, rounded, True, at, quad, levels, scales, starts, sums)
@@ -201,7 +186,7 @@ def quantize_kernel(zero: int, groups: int) -> Any:
             if inside and quad == 0:
                 seconds[at] = 1 if outlier else 0
             rest = v
-            if cuda.any_sync(_EVERY, outlier):
+            if cuda.any_sync(ALL_LANES, outlier):
                 rest = (
                     _rest(v[0], rounded[0], unit),
                     _rest(v[1], rounded[1], unit),

@@ -110,20 +110,8 @@ def fused_kernel(storage: Storage, variant: Variant, head_dim: int, value_dim: i
         )
         walk(cache, slot, head, uint32(0), first, end, low, high, low, high, part, given, rows, shared, o, state)
         finish(
-            o,
-            state,
-            shared,
-            token,
-            token,
-            group,
-            heads,
-            first_head,
-            first_row,
-            last_row,
-            uint32(0),
-            part,
-            parts,
+            o, state, shared, token, token, group, heads, first_head, first_row, last_row, uint32(0), part, parts,
             results,
-        )
+        )  # fmt: skip
 
     return fused

@@ -81,7 +81,7 @@ class CacheView(NamedTuple):
     """(pages, kv_heads, page_tokens, stride), float32 or float16, or bfloat16 as uint16, float8 and codes as uint8;
     `qattn.cache_types.stride` says how long rows are.  page_tokens is a multiple of 64."""
     values: Array
-    """(pages, kv_heads, page_tokens, value_dim), likewise."""
+    """Likewise."""
     head_dim: int
     value_dim: int
     pages: Array
@@ -225,8 +225,7 @@ def rotate_and_attend(
 
     It has the bits of two steps, one after the other.
 
-    For what `fuses` says.  Arguments as in `qattn.cuda.rope.rotate_and_store` and in
-    `attend`, and
+    For what `fuses` says.  Arguments as in `qattn.cuda.rope.rotate_and_store` and in `attend`, and
 
     batch : `Batch` with one new token for each sequence, token t in slots[t], no slot twice
     lengths : by slot, the new tokens not yet counted in; updated

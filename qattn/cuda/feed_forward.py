@@ -14,8 +14,8 @@ from numba import cuda, types
 
 from qattn.cuda import ptx
 from qattn.cuda.kernel import Kernel, device, kernel
-from qattn.cuda.values import store_four
-from qattn.cuda.warps import warp_sum
+from qattn.cuda.values import load_four, store_four
+from qattn.cuda.warps import sum_of_block
 
 Array = Any  # of CuPy
 THREADS = 256
@@ -56,25 +56,8 @@ def softcap(x: Array, limit: float) -> None:
 
 
 @device
-def _four(x, at):
-    a, b, c, d = ptx.load_16(x, at)
-    return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
-
-
-@device
 def _aligned(x, y, z):
     return (ptx.address(x, 0) | ptx.address(y, 0) | ptx.address(z, 0)) & 15 == 0
-
-
-@device
-def sum_of_block(value, partial):
-    """The sum of all threads' values, for all of them; `partial` has room for 32 warps."""
-    lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
-    value = warp_sum(value)
-    if lane == 0:
-        partial[np.uint32(warp)] = value
-    cuda.syncthreads()
-    return warp_sum(partial[np.uint32(lane)] if lane < cuda.blockDim.x >> 5 else np.float32(0))
 
 
 @kernel("f32* f32* f32 i32 f32*")
@@ -86,7 +69,7 @@ def norm_kernel(x, weight, epsilon, n, out):
     total = np.float32(0)
     i = thread
     while i < vectors:
-        a, b, c, d = _four(x, row + i * 4)
+        a, b, c, d = load_four(x, row + i * 4)
         total += a * a + b * b + (c * c + d * d)
         i = np.int32(i + threads)
     i = np.int32(thread + vectors * 4)
@@ -96,8 +79,8 @@ def norm_kernel(x, weight, epsilon, n, out):
     factor = ptx.rsqrt(sum_of_block(total, partial) / np.float32(n) + epsilon)
     i = thread
     while i < vectors:
-        a, b, c, d = _four(x, row + i * 4)
-        e, f, g, h = _four(weight, i * 4)
+        a, b, c, d = load_four(x, row + i * 4)
+        e, f, g, h = load_four(weight, i * 4)
         store_four(out, row + i * 4, (a * factor * e, b * factor * f, c * factor * g, d * factor * h))
         i = np.int32(i + threads)
     i = np.int32(thread + vectors * 4)
@@ -126,8 +109,8 @@ def gate_kernel(activation: str) -> Kernel:
         if n & 3 == 0 and _aligned(gate_up, out, out):
             i = np.int32(first + thread * 4)
             if i < n:
-                a, b, c, d = _four(gate_up, 2 * row + i)
-                e, f, g, h = _four(gate_up, 2 * row + n + i)
+                a, b, c, d = load_four(gate_up, 2 * row + i)
+                e, f, g, h = load_four(gate_up, 2 * row + n + i)
                 store_four(out, row + i, (gated(a, e), gated(b, f), gated(c, g), gated(d, h)))
         else:
             for j in range(4):
@@ -144,8 +127,8 @@ def add_kernel(x, y, n):
     first, thread = np.int64(cuda.blockIdx.x) * (4 * THREADS), np.int32(cuda.threadIdx.x)
     i = first + thread * 4
     if i + 4 <= n and _aligned(x, y, y):
-        a, b, c, d = _four(x, i)
-        e, f, g, h = _four(y, i)
+        a, b, c, d = load_four(x, i)
+        e, f, g, h = load_four(y, i)
         store_four(x, i, (a + e, b + f, c + g, d + h))
     elif i < n:
         for j in range(4):

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, int32, int64, uint32
 
 from qattn.cuda import ptx
-from qattn.cuda.feed_forward import sum_of_block
 from qattn.cuda.kernel import Kernel, device, kernel
-from qattn.cuda.warps import warp_sum
+from qattn.cuda.warps import sum_of_block, warp_sum
 from qattn.preparation import Preparation
 
 GATES = ("sigmoid", "softplus")

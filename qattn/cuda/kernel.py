@@ -16,9 +16,8 @@ class and element types a name in the signature stands for::
     @kernel("pair i32", pair=(Pair, "f32* f32*"))
     def swap(pair, n): ...
 
-A launch goes to CuPy's current device and stream and
-waits for nothing.  PTX is made for compute capability 8.0, which newer GPUs run too, so it needs no GPU to be made and
-is kept on disk.
+A launch goes to CuPy's current device and stream and waits for nothing.  PTX is made for compute capability 8.0, which
+newer GPUs run too, so it needs no GPU to be made and is kept on disk.
 
 What Numba makes of a kernel is good if loop counters are int32 and run in a ``while``, or in a ``range`` of constants,
 which is unrolled; if indices of shared and local arrays are uint32 or constants; and if constants are float32.

@@ -59,9 +59,9 @@ from qattn.cuda.matmul_cell import (
     weight_placer,
 )
 from qattn.cuda.matmul_exact import exact as multiply_exact
+from qattn.cuda.warps import ALL_LANES
 from qattn.layout import CELL, Layout
 
-_EVERY = 0xFFFFFFFF  # lanes of a warp
 _FEW_ROWS = 8192  # with fewer, one tile of tokens has too few blocks of `prefill` for a GPU's processors
 
 
@@ -339,7 +339,7 @@ def prefill_kernel(layout: Layout) -> Kernel:
                     if ahead < cells:
                         copy(a, first, ahead, cells, ring + uint32((ahead & (2 * _STAGE - 1)) * size), thread)
                 ptx.commit_copies()
-            factors, again = ready(words, lane, lookup), cuda.any_sync(_EVERY, flag != 0)
+            factors, again = ready(words, lane, lookup), cuda.any_sync(ALL_LANES, flag != 0)
             ahead = int32(min(cell + 1, cells - 1))
             words, flag = fetch_weights(places, ahead), remainders(seconds, first, ahead, cells, lane)
             totals = multiply_shared(totals, factors, ring + uint32((cell & (2 * _STAGE - 1)) * size), lane)

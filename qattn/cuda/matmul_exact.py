@@ -17,6 +17,7 @@ from qattn.cuda import ptx
 from qattn.cuda.emitter import Emitter, function
 from qattn.cuda.kernel import Kernel, device, kernel
 from qattn.cuda.matmul_cell import groups_of, value_maker, weight_fetcher, weight_placer
+from qattn.cuda.values import load_four_of
 from qattn.layout import CELL, Layout
 
 _ROWS, _TOKENS, _COLUMNS = 64, 16, 128  # of a block, and of one turn
@@ -59,20 +60,7 @@ def _fill_levels(layout: Layout) -> Any:
 
 def _fill_floats(layout: Layout) -> Any:
     """The device function that does so with weights that are floats: each thread eight times four rows."""
-    kind = layout.base
-
-    @device
-    def four(codes, at):
-        if kind == "f32":
-            a, b, c, d = ptx.load_16_constant(codes, at)
-        else:
-            a, c = ptx.load_8_constant(codes, at)
-            b, d = a >> uint32(16), c >> uint32(16)
-        if kind == "f16":
-            return ptx.f16_to_f32(a), ptx.f16_to_f32(b), ptx.f16_to_f32(c), ptx.f16_to_f32(d)
-        if kind == "bf16":
-            a, b, c, d = a << uint32(16), b << uint32(16), c << uint32(16), d << uint32(16)
-        return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
+    load = load_four_of(layout.base)
 
     @device
     def fill(weights, w, table, tile, tiles, head, column, columns, thread):
@@ -82,7 +70,7 @@ def _fill_floats(layout: Layout) -> Any:
             k = 16 * i + (thread >> 4)
             if column + k < columns:
                 at = (int64(mine) * columns + (column + k)) * 16 + (row & 15)
-                a, b, c, d = four(w[0], at)
+                a, b, c, d = load(w[0], at)
                 there = k * _ROWS + row
                 weights[uint32(there)], weights[uint32(there + 1)] = a, b
                 weights[uint32(there + 2)], weights[uint32(there + 3)] = c, d

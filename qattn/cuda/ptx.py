@@ -72,12 +72,6 @@ def _operands(first: int, *sizes: int) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------- small integers
 
-dp4a = _instruction("dp4a", "dp4a.s32.s32 $0, $1, $2, $3;", [_U32, _U32, _I32], [_I32])
-"""c + Σ a·b over four signed bytes each."""
-
-dp4a_unsigned = _instruction("dp4a_unsigned", "dp4a.u32.s32 $0, $1, $2, $3;", [_U32, _U32, _I32], [_I32])
-"""c + Σ a·b over four bytes, those of a unsigned and those of b signed."""
-
 permute = _instruction("permute", "prmt.b32 $0, $1, $2, $3;", [_U32, _U32, _U32], [_U32])
 """Four of the eight bytes of (a, b), as the four nibbles of the third argument say."""
 
@@ -148,15 +142,12 @@ load_16_constant = _pointer_instruction(
 """The same, of memory that nobody writes while the kernel runs: weights."""
 load_8_constant = _pointer_instruction("load_8_constant", "ld.global.nc.v2.u32 {$0,$1}, [$2];", gives=[_U32] * 2)
 load_4_constant = _pointer_instruction("load_4_constant", "ld.global.nc.u32 $0, [$1];", gives=[_U32])
-load_4 = _pointer_instruction("load_4", "ld.global.u32 $0, [$1];", gives=[_U32])
 load_8 = _pointer_instruction("load_8", "ld.global.v2.u32 {$0,$1}, [$2];", gives=[_U32] * 2)
 store_16 = _pointer_instruction("store_16", "st.global.v4.u32 [$0], {$1,$2,$3,$4};", [_U32] * 4)
 store_8 = _pointer_instruction("store_8", "st.global.v2.u32 [$0], {$1,$2};", [_U32] * 2)
 store_4 = _pointer_instruction("store_4", "st.global.u32 [$0], $1;", [_U32])
-atomic_max = _pointer_instruction("atomic_max", "red.global.max.s32 [$0], $1;", [_I32])
-"""pointer[index] = max(pointer[index], value), for int32."""
 atomic_max_64 = _pointer_instruction("atomic_max_64", "red.global.max.s64 [$0], $1;", [_I64])
-"""The same for int64."""
+"""pointer[index] = max(pointer[index], value), for int64."""
 
 
 @intrinsic
@@ -196,8 +187,6 @@ wait_for_older_copies = _instruction("wait_for_older_copies", "cp.async.wait_gro
 def _mma(name: str, shape: str, kinds: str, a: int, b: int, number: Any) -> Any:
     d, *others = _operands(0, 4, a, b, 4)
     text = f"mma.sync.aligned.{shape}.row.col.{kinds} {d}, {', '.join(others)};"
-    if b == 1:
-        text = text.replace("{" + f"${4 + a}" + "}", "{" + f"${4 + a}" + "}")
     return _instruction(name, text, [_U32] * (a + b) + [number] * 4, [number] * 4, pure=False)
 
 

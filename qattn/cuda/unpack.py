@@ -14,7 +14,7 @@ from numba import cuda
 
 from qattn.cuda import ptx
 from qattn.cuda.kernel import Kernel, device, kernel
-from qattn.cuda.values import ELEMENTS, KINDS, key, narrow_for, store_for, widen_for
+from qattn.cuda.values import ELEMENTS, KINDS, key, load_four_of, narrow_for, store_for
 from qattn.layout import OCTET, PLANES, TILE, Layout, Packed
 
 Array = Any  # of CuPy
@@ -217,25 +217,9 @@ def _word_values(layout: Layout) -> Any:
 
 
 @functools.cache
-def _loaded_rows(base: str) -> Any:
-    """load(array, at): four float32 of an array of `base`, where `at` is a multiple of 4."""
-    widen, is_wide = widen_for(base), base == "f32"
-
-    @device
-    def load(array, at):
-        if is_wide:
-            a, b, c, d = ptx.load_16_constant(array, at)
-            return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
-        a, b = ptx.load_8_constant(array, at)
-        return widen(a & 0xFFFF), widen(a >> 16), widen(b & 0xFFFF), widen(b >> 16)
-
-    return load
-
-
-@functools.cache
 def _four_rows(layout: Layout, of_offsets: bool = False) -> Any:
     """values(bases, steps, tile, lanes, column, columns): four rows' scales or offsets of the column's group."""
-    load, stepped, nibbles = _loaded_rows(layout.base), layout.step, layout.paired if of_offsets else layout.nibbles
+    load, stepped, nibbles = load_four_of(layout.base), layout.step, layout.paired if of_offsets else layout.nibbles
     step_bits, step_shift = np.uint32(15 if nibbles else 255), np.uint32(4 if nibbles and of_offsets else 0)
     unit, halved = np.float32(2.0**-layout.down), layout.down > 0
     base_shift, group_shift = layout.base_group.bit_length() - 1, layout.group.bit_length() - 1
@@ -269,7 +253,7 @@ def _four_rows(layout: Layout, of_offsets: bool = False) -> Any:
 @functools.cache
 def unpack_floats_kernel(layout: Layout, kind: str) -> Kernel:
     """The kernel of float weights: ``run(codes, targets, rows, columns, out)``, grid and threads as for codes."""
-    load, narrow, store = _loaded_rows(layout.base), narrow_for(kind), store_for(kind)
+    load, narrow, store = load_four_of(layout.base), narrow_for(kind), store_for(kind)
 
     @device
     def emit(out, row, columns, column, low, high):

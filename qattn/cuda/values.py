@@ -39,6 +39,13 @@ def store_for(kind: str) -> Any:
 
 
 @device
+def load_four(x, at):
+    """Four neighbouring float32, of which the first is aligned to 16 bytes."""
+    a, b, c, d = ptx.load_16(x, at)
+    return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
+
+
+@device
 def store_four(out, at, values):
     """out[at : at + 4] = four float32."""
     a, b, c, d = values
@@ -116,3 +123,19 @@ def widen_for(kind: str) -> Any:
 def key(*parts: str) -> str:
     """What a kernel was generated for, as a part of its name."""
     return "_".join(filter(None, parts)).replace("-", "_")
+
+
+@functools.cache
+def load_four_of(base: str) -> Any:
+    """load(array, at): four float32 of an array of `base` that nobody writes meanwhile; `at` is a multiple of 4."""
+    widen, is_wide = widen_for(base), base == "f32"
+
+    @device
+    def load(array, at):
+        if is_wide:
+            a, b, c, d = ptx.load_16_constant(array, at)
+            return ptx.float_of(a), ptx.float_of(b), ptx.float_of(c), ptx.float_of(d)
+        a, b = ptx.load_8_constant(array, at)
+        return widen(a & 0xFFFF), widen(a >> 16), widen(b & 0xFFFF), widen(b >> 16)
+
+    return load

@@ -10,14 +10,13 @@ j-th byte of each, as int64).  A snippet may branch on an index, but neither amo
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from qattn._modules import import_all
 from qattn.errors import FormatError
 
 Array = np.ndarray[Any, Any]
@@ -150,11 +149,7 @@ def register(format: Format) -> Format:
 
 @functools.cache
 def _discovered() -> dict[str, Format]:
-    """Import every file beside this one."""
-    package = importlib.import_module("qattn.formats")
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"qattn.formats.{module.name}")
+    import_all("qattn.formats")
     return _formats
 
 

@@ -3,10 +3,9 @@
 Source: ggml's block_iq4_nl and kvalues_iq4nl.
 """
 
+from qattn.cache_types import IQ4_NL_LEVELS
 from qattn.formats._bits import nibbles_at, word_at
 from qattn.formats._registry import Format, register
-
-LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 register(
     Format(
@@ -17,7 +16,7 @@ register(
         group=32,
         bits=4,
         code=nibbles_at(2),
-        table=LEVELS,
+        table=IQ4_NL_LEVELS,
         scale_bits=word_at(0),
     )
 )

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from qattn.cache_types import IQ4_NL_LEVELS
 from qattn.formats._bits import word_at
 from qattn.formats._registry import Format, register
-from qattn.formats.iq4_nl import LEVELS
 
 
 def code(b: Any, i: int) -> Any:
@@ -26,7 +26,7 @@ register(
         group=32,
         bits=4,
         code=code,
-        table=LEVELS,
+        table=IQ4_NL_LEVELS,
         scale_bits=word_at(0),
         step=step,
     )

@@ -92,11 +92,6 @@ class KVCacheParams:
         return self.value_type.kind
 
     @property
-    def kind(self) -> str:
-        """The type of both as the kernels of a GPU call it."""
-        return self.key_type.kind
-
-    @property
     def values(self) -> int:
         """Elements of a value."""
         return self.value_dim or self.head_dim

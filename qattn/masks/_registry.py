@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
-import importlib
 import operator
-import pkgutil
 from collections import namedtuple
 from collections.abc import Callable
 from types import CellType, FunctionType
@@ -16,6 +14,7 @@ import numpy as np
 
 from qattn import _check
 from qattn._meaning import digest
+from qattn._modules import import_all
 
 
 class Mask(Protocol):
@@ -63,10 +62,7 @@ def register(name: str) -> Callable[[_Class], _Class]:
 
 @functools.cache
 def _discover() -> None:
-    package = importlib.import_module("qattn.masks")
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"qattn.masks.{module.name}")
+    import_all("qattn.masks")
 
 
 def names() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qattn.architectures import BESIDE
 from qattn.architectures._metadata import Metadata
 from qattn.errors import GGUFError
 from qattn.gguf_file import GGUFFile
@@ -124,14 +125,10 @@ def _says_something(value: Any, neutral: tuple[Any, ...]) -> bool:
     return value is not None and (not np.isscalar(value) or value not in neutral)
 
 
-# Norms beside the attention, which it leaves to the decoder.
-_BESIDE = re.compile(r"blk\.\d+\.attn_(norm|norm_2|output_norm|res_score)\.")
-
-
 def _is_known(name: str, description: architectures.Architecture) -> bool:
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer is None:
         return name in description.shared_tensors()
-    # Those of the attention are its own business; it refuses what it doesn't know.
-    own = ".attn_" in name and not _BESIDE.match(name)
+    # Those of the attention are its own business, and it refuses what it doesn't know; norms beside it are not.
+    own = ".attn_" in name and name.split(".")[2] not in BESIDE
     return own or name in description.layer_tensors(int(layer[1]))

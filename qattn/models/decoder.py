@@ -16,8 +16,7 @@ from qattn.cpu.attend_tiles import KEY_BLOCK
 from qattn.cpu.threads import get_num_threads
 from qattn.errors import CacheError
 from qattn.gguf_attention import GGUFQAttentionWithRope
-from qattn.gguf_file import GGUFFile
-from qattn.gguf_file import open as open_gguf
+from qattn.gguf_file import GGUFFile, opened
 from qattn.introspect import probed
 from qattn.kv_cache import PagedKVCache, SequenceCache
 from qattn.linear import Linear
@@ -107,32 +106,28 @@ class Decoder:
         NotImplementedError
             The architecture, or something that the file asks of it, is not supported.
         """
-        if not isinstance(model, GGUFFile):
-            options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
-            options |= {"hadamard": hadamard, "window_caches": window_caches}
-            with open_gguf(model) as opened:
-                return cls.from_gguf(opened, device=device, **options)
-        device = devices.resolve(device or model.device)
-        config = ModelConfig.from_gguf(model)
-        if max_length is None:
-            max_length = config.context_length
-        _check.at_least("max_length", max_length, 1)
-        described = architectures.get(config.architecture)
-        weights = Weights(model, config, precision, device)
-        dtype = cache_dtype or ("float32" if precision == "exact" else "bfloat16")
-        of_caches: dict[str, Any] = {"cache_dtype": dtype, "max_length": max_length, "hadamard": hadamard}
-        layers = []
-        for n in range(config.layers):
-            attention = GGUFQAttentionWithRope.from_gguf(model, n, precision=precision, device=device, **of_caches)
-            if window_caches:
-                attention.kv_cache = _window_cache(attention, max_length)
-            layers.append(weights.layer(described, n, attention))
-        embeddings = weights.matrix(described.embeddings, config.vocabulary_size, config.hidden_size)
-        if f"{described.output}.weight" in model:
-            head = weights.linear([described.output], config.vocabulary_size, config.hidden_size)
-        else:
-            head = Linear(PackedMatrix(embeddings).to(device), precision=precision)
-        return cls(config, embeddings.to(device), layers, weights.norm(described.output_norm), head, max_length)
+        with opened(model) as file:
+            device = devices.resolve(device or file.device)
+            config = ModelConfig.from_gguf(file)
+            if max_length is None:
+                max_length = config.context_length
+            _check.at_least("max_length", max_length, 1)
+            described = architectures.get(config.architecture)
+            weights = Weights(file, config, precision, device)
+            dtype = cache_dtype or ("float32" if precision == "exact" else "bfloat16")
+            of_caches: dict[str, Any] = {"cache_dtype": dtype, "max_length": max_length, "hadamard": hadamard}
+            layers = []
+            for n in range(config.layers):
+                attention = GGUFQAttentionWithRope.from_gguf(file, n, precision=precision, device=device, **of_caches)
+                if window_caches:
+                    attention.kv_cache = _window_cache(attention, max_length)
+                layers.append(weights.layer(described, n, attention))
+            embeddings = weights.matrix(described.embeddings, config.vocabulary_size, config.hidden_size)
+            if f"{described.output}.weight" in file:
+                head = weights.linear([described.output], config.vocabulary_size, config.hidden_size)
+            else:
+                head = Linear(PackedMatrix(embeddings).to(device), precision=precision)
+            return cls(config, embeddings.to(device), layers, weights.norm(described.output_norm), head, max_length)
 
     def __len__(self) -> int:
         """The number of tokens in the caches."""

@@ -12,8 +12,7 @@ import numpy as np
 from qattn import _check
 from qattn._backend import as_host
 from qattn.errors import CacheError
-from qattn.gguf_file import GGUFFile
-from qattn.gguf_file import open as open_gguf
+from qattn.gguf_file import GGUFFile, opened
 from qattn.models.chat import ChatTemplate, TemplateError
 from qattn.models.decoder import Decoder
 from qattn.models.sampling import Sampler
@@ -52,21 +51,17 @@ class Model:
         device: str | None = None,
     ) -> Model:
         """Load a GGUF file; parameters and errors are those of `Decoder.from_gguf` and `Tokenizer`."""
-        if not isinstance(model, GGUFFile):
-            options: dict[str, Any] = {"precision": precision, "cache_dtype": cache_dtype, "max_length": max_length}
-            options |= {"hadamard": hadamard, "window_caches": window_caches}
-            with open_gguf(model) as opened:
-                return cls.from_gguf(opened, device=device, **options)
-        tokenizer = Tokenizer.from_gguf(model)  # first: it fails in a moment where it fails
-        decoder = Decoder.from_gguf(
-            model,
-            precision=precision,
-            cache_dtype=cache_dtype,
-            hadamard=hadamard,
-            max_length=max_length,
-            window_caches=window_caches,
-            device=device,
-        )
+        with opened(model) as file:
+            tokenizer = Tokenizer.from_gguf(file)  # first: it fails in a moment where it fails
+            decoder = Decoder.from_gguf(
+                file,
+                precision=precision,
+                cache_dtype=cache_dtype,
+                hadamard=hadamard,
+                max_length=max_length,
+                window_caches=window_caches,
+                device=device,
+            )
         return cls(decoder, tokenizer)
 
     def __repr__(self) -> str:

@@ -13,8 +13,7 @@ import numpy as np
 from gguf.constants import Keys, TokenType
 
 from qattn.errors import GGUFError
-from qattn.gguf_file import GGUFFile
-from qattn.gguf_file import open as open_gguf
+from qattn.gguf_file import GGUFFile, opened
 from qattn.models import byte_bpe, sentencepiece
 
 _KEYS = Keys.Tokenizer
@@ -89,10 +88,8 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, model: GGUFFile | str | os.PathLike[str]) -> Tokenizer:
         """Make the tokenizer of an open file, or of the file at a path."""
-        if isinstance(model, GGUFFile):
-            return cls(model.metadata)
-        with open_gguf(model) as opened:
-            return cls(opened.metadata)
+        with opened(model) as file:
+            return cls(file.metadata)
 
     def _sentencepiece(self, reader: _Reader) -> sentencepiece.SentencePieceBPE:
         tokens, scores = self._tokens, reader.scores(len(self._tokens))

@@ -23,7 +23,7 @@ from tests.test_latent import Latent, latent_layer, weights
 def test_any_features_agree_with_float64(cupy, described, tokens):
     config, tensors = described
     attn, x = loaded(config, tensors, devices=["cuda:0"]), normal((tokens, HIDDEN), 50)
-    assert nmse(attn(cupy.asarray(x)).get(), block(config, tensors, x)[1]) < 1e-9
+    assert nmse(attn(cupy.asarray(x)).get(), config.output_scale * block(config, tensors, x)[1]) < 1e-9
 
 
 def test_gates_and_values_that_lie_elsewhere(cupy):
@@ -51,6 +51,15 @@ def test_the_cache_of_another_layer_and_of_another_sequence(cupy):
     attn = loaded(config, tensors, devices=["cuda:0"])
     attn.remember(cupy.asarray(y))
     assert nmse(attn(cupy.asarray(x), positions=range(9)).get(), block(config, tensors, x, other=y)[1]) < 1e-10
+
+
+def test_positions_in_sections(cupy):
+    rope = qattn.RotaryEmbedding(8, pairing="neox", sections=(2, 1, 1))
+    config, tensors = plain(rope=rope, q_norm=Norm("rms", 1e-5, weighted=False))
+    attn, x = loaded(config, tensors, devices=["cuda:0"]), normal((7, HIDDEN), 1)
+    positions = np.array([[0, 1, 2, 2, 2, 2, 4], [0, 1, 2, 2, 3, 3, 4], [0, 1, 2, 3, 2, 3, 4]])
+    want = block(config, tensors, x, positions=positions)[1]
+    assert nmse(attn(cupy.asarray(x), positions=positions).get(), want) < 1e-10
 
 
 @pytest.mark.parametrize("absorbed", [True, False])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
+import itertools
 from dataclasses import dataclass
 from typing import Literal
+
+from qattn._modules import import_all
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,12 @@ class Architecture:
 
 @functools.cache
 def _architectures() -> dict[str, Architecture]:
-    """Find every module beside this one; each describes a family in ``ARCHITECTURES``."""
-    package = importlib.import_module("qattn.models.architectures")
+    """What the modules beside this one describe; each has a family in ``ARCHITECTURES``."""
     found: dict[str, Architecture] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
-            for described in importlib.import_module(f"{package.__name__}.{module.name}").ARCHITECTURES:
-                if described.name in found:
-                    raise ValueError(f"there are two descriptions of {described.name!r}")
-                found[described.name] = described
+    for described in itertools.chain(*(module.ARCHITECTURES for module in import_all("qattn.models.architectures"))):
+        if described.name in found:
+            raise ValueError(f"there are two descriptions of {described.name!r}")
+        found[described.name] = described
     return found
 
 
