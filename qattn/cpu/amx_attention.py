@@ -15,9 +15,8 @@ import numpy as np
 from qattn.cpu import attend_tiles
 from qattn.cpu._jit import generated
 from qattn.cpu.amx import DEPTH, PAIRS, ROWS, Tile, add_tiles, tiles
-from qattn.cpu.attend_tiles import KEY_BLOCK
+from qattn.cpu.attend_tiles import KEY_BLOCK, STREAMED
 from qattn.cpu.simd import LANES, Emitter, Pointer, Value, micro_kernel
-from qattn.cpu.target import TARGET
 
 
 class _Matrix(NamedTuple):
@@ -132,7 +131,7 @@ def load(q, s, row, rows, scale):
 def score(s, rows, keys, values, key_tiles, head_dim, fetch):
     """s.scores of the first so many tiles: see `qattn.cpu.attend_sides.Keys`."""
     blocks, tile_bytes, pairs = (rows + ROWS - 1) // ROWS, 2 * keys.shape[1], (head_dim + 1) // 2
-    few, depth = rows < TARGET.rows, _depth(pairs)  # where memory binds
+    few, depth = rows <= STREAMED, _depth(pairs)
     if few and fetch:
         attend_tiles.fetch((values, key_tiles * 2 * values.shape[1]))
     _scores((s.panel, keys, s.scores, blocks, key_tiles, tile_bytes, depth, pairs // depth, 4 * row_words(head_dim),
@@ -171,6 +170,6 @@ def slices_of(value_dim):
 def add(s, rows, values, key_tiles, follow, value_dim):
     """s.out = s.out · s.factor + weights times the first so many tiles: see `qattn.cpu.attend_sides.Values`."""
     slices, tile_bytes, slice_bytes = slices_of(value_dim), 2 * values.shape[1], 4 * LANES * s.row_max.size
-    ahead = key_tiles * tile_bytes if follow and rows < TARGET.rows else 0  # where memory binds
+    ahead = key_tiles * tile_bytes if follow and rows <= STREAMED else 0
     _rescale((s.out, s.factor, rows, slices, slice_bytes))
     _add((s.weights, values, s.out, (rows + ROWS - 1) // ROWS, slices, key_tiles, tile_bytes, slice_bytes, ahead))

@@ -27,11 +27,10 @@ from typing import Any
 
 from qattn.cache_types import CacheType
 from qattn.cpu.activations import round_cell
-from qattn.cpu.attend_tiles import AHEAD, KEY_BLOCK, Storage, each_tile
+from qattn.cpu.attend_tiles import AHEAD, KEY_BLOCK, STREAMED, Storage, each_tile
 from qattn.cpu.dots import Dots
 from qattn.cpu.planes import quad_codes
 from qattn.cpu.simd import LANES, MAX_CODE, Emitter, Pointer, Value, micro_kernel
-from qattn.cpu.target import TARGET
 from qattn.layout import CELL
 
 QUERY_WORDS = 11  # of a cell of a query: its 8 quads, scale, start of the sum, and sum
@@ -153,7 +152,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
             dots = Dots(e, [word(9, m).load(e.I32).splat(e.I32V) for m in range(rows)], 8, _largest(type_), signed)
 
             def codes(quad: int, cell: _Cell = cell, k: Value = k) -> Value:
-                if rows < TARGET.rows:  # memory binds
+                if rows <= STREAMED:
                     for line in range(quad * 64, all_bytes, 8 * 64):
                         e.prefetch(keys.at(k * all_bytes).at(line + AHEAD))
                 return cell.levels(quad) if signed else cell.biased(quad)
@@ -269,7 +268,7 @@ def values_kernel(storage: Storage, rows: int) -> Any:
             signs = scales.at(tile * tile_bytes).load(e.I16V).shift_signed(15).to(e.I8V).bits(e.QUADS)
             dots = [Dots(e, [sum_.get() for sum_ in half], 4, MAX_CODE, x=_far(type_)) for half in sums]
             for quad in range(4):
-                for line in range(lines // 2 + quad, lines if rows < TARGET.rows else 0, 4):  # memory binds
+                for line in range(lines // 2 + quad, lines if rows <= STREAMED else 0, 4):
                     e.prefetch(codes.at(tile * tile_bytes + 64 * line).at(ahead))
                 levels = [cell.levels(4 * half + quad, _middle(type_)) for half in range(2)]
                 if type_.signed_scale:  # -1 where it is negative: level ^ -1 = -level - 1

@@ -16,7 +16,7 @@ from qattn.cpu import amx_attention, attend_codes, attend_tiles
 from qattn.cpu._jit import generated
 from qattn.cpu.activations import block_size
 from qattn.cpu.attend_codes import SCALES
-from qattn.cpu.attend_tiles import KEY_BLOCK, Storage
+from qattn.cpu.attend_tiles import KEY_BLOCK, STREAMED, Storage
 from qattn.cpu.matmul import by_size
 from qattn.cpu.simd import LANES
 from qattn.cpu.target import TARGET
@@ -87,7 +87,7 @@ def keys(storage: Storage) -> Keys:
     @generated(name)
     def score(s, rows, keys, values, tiles, head_dim, fetch):
         steps, size_of_row = steps_of(head_dim), row_words(head_dim)
-        lines = (values[0].nbytes + 63) // 64 if fetch and rows < TARGET.rows else 0
+        lines = (values[0].nbytes + 63) // 64 if fetch and rows <= STREAMED else 0
         for block in range(0, rows, TARGET.rows):
             scores(block_size(rows - block), (
                 s.panel[block * size_of_row :], keys[0], s.scores[block * KEY_BLOCK :], steps,

@@ -18,6 +18,7 @@ KEY_BLOCK = 128  # keys per step of the online softmax: scores of 96 rows then t
 MASKED = -1e30  # below every score; finite, so that a row without any visible key gives 0, not NaN
 LOG2E = 1.4426950408889634
 TOGETHER = 4  # rows whose softmax is computed at once, so that none waits for itself
+STREAMED = max(TARGET.rows - 1, 8)  # rows at most for which memory binds, and is worth being asked ahead
 AHEAD = 8192  # bytes of keys to ask for ahead: two tiles of 16 keys of 128 elements of 16 bits
 
 
@@ -117,7 +118,7 @@ def scores_kernel(storage: Storage, rows: int) -> Any:
     def run(e, q, keys, scores, steps):
         totals = [e.register(e.constant(0.0, e.F32)) for _ in range(rows)]
         with e.loop(steps) as k:
-            if rows < TARGET.rows:  # memory binds
+            if rows <= STREAMED:
                 e.prefetch(keys.at(k * step + AHEAD))
             at = q.at(k * (4 * words * rows))
             left = [[at.at(4 * (i * rows + m)) for i in range(words)] for m in range(rows)]
@@ -149,7 +150,7 @@ def values_kernel(storage: Storage, rows: int) -> Any:
             at, there = weights.at(tile * (row * LANES // KEY_BLOCK)), values.at(tile * tile_bytes)
             sums = [t.get() for t in totals]
             for k in range(LANES // storage.pack):
-                if rows < TARGET.rows and k * step % 64 == 0:  # memory binds
+                if rows <= STREAMED and k * step % 64 == 0:
                     e.prefetch(there.at(k * step).at(ahead))
                 left = [[at.at(m * row + 4 * (k * words + i)) for i in range(words)] for m in range(rows)]
                 sums = _accumulate(e, storage, sums, there.at(k * step), left)

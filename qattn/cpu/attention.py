@@ -333,7 +333,7 @@ def _job(keys: Storage, values: Storage, mask: Any, mask_name: str, name: str) -
             keys, values = cache.keys[page, head, first_tile:], cache.values[page, head, first_tile:]
             fetch, follow = start == low or start % page_keys == 0 or not ahead, stop % page_keys != 0
             score(s, rows, keys, values, tiles, cache.head_dim, fetch)
-            if early and rows < TARGET.rows and follow and stop < high:
+            if early and rows <= attend_tiles.STREAMED and follow and stop < high:
                 attend_tiles.fetch((keys[tiles], tiles * keys[0].nbytes * 3 // 4))
             for i in range(job[3]):
                 first, end = bounds(mask, position + i, length)
