@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 import re
 from collections.abc import Callable, Iterable
@@ -45,14 +44,9 @@ def refuse(reason: str, *architectures: str) -> None:
     _refused.update(dict.fromkeys(architectures, reason))
 
 
-@functools.cache
-def _discover() -> None:
-    import_all("qattn.architectures")
-
-
 def names() -> tuple[str, ...]:
     """The architectures that are described."""
-    _discover()
+    import_all("qattn.architectures")
     return tuple(sorted(_architectures))
 
 

@@ -165,7 +165,8 @@ class CacheBase(Watched, abc.ABC):
     def positions_at(self, slots: Array, places: Array) -> Array:
         """The positions that tokens have, or will have by default: of sequences `slots`, at indices `places`.
 
-        Indices below 0 are of tokens that would come before the first."""
+        Indices below 0 are of tokens that would come before the first.
+        """
         positions = places + self._ahead[slots]
         known = np.array([len(each) for each in self._known])
         for i in np.flatnonzero((places < known[slots]) & (known[slots] > 0)).tolist():

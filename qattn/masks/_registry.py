@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import operator
 from collections import namedtuple
 from collections.abc import Callable
@@ -60,14 +59,9 @@ def register(name: str) -> Callable[[_Class], _Class]:
     return add
 
 
-@functools.cache
-def _discover() -> None:
-    import_all("qattn.masks")
-
-
 def names() -> tuple[str, ...]:
     """All names that `get` takes."""
-    _discover()
+    import_all("qattn.masks")
     return tuple(sorted(_masks))
 
 
